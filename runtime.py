@@ -1,0 +1,89 @@
+"""The ground floor: what has to be in place before MXNet is imported, and what both command lines share.
+
+Every script takes MXNet from here, ``from runtime import mx``, so that the order below cannot be got wrong:
+
+* NumPy's old aliases (``np.bool`` and friends), which MXNet 1.9.1 still uses, are restored where NumPy >= 1.24 left them out;
+* the number of CPU threads is chosen: OpenMP reads it once, when MXNet is loaded.
+"""
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+for _alias, _type in (('bool', bool), ('int', int), ('float', float), ('object', object)):
+    if _alias not in vars(np):
+        setattr(np, _alias, _type)
+
+
+def available_cpus():
+    """Processors this process may use: its CPU affinity, cut down to the container's quota where there is one (at least 1)."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    try:  # cgroup v2: "QUOTA PERIOD", or "max PERIOD"
+        quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
+    except (OSError, ValueError):
+        try:  # cgroup v1: -1 means no quota
+            quota = Path('/sys/fs/cgroup/cpu/cpu.cfs_quota_us').read_text().strip()
+            period = Path('/sys/fs/cgroup/cpu/cpu.cfs_period_us').read_text().strip()
+        except OSError:
+            return cpus
+    if quota == 'max' or int(quota) <= 0:
+        return cpus
+    return max(1, min(cpus, math.floor(int(quota) / int(period))))
+
+
+# Left alone, MXNet takes half of the processors it sees. Threads that wait actively hand over between two operators without going
+# to sleep: with LeNet's short operators that is the difference between a slower and a faster step. What the user has set stays.
+if 'OMP_NUM_THREADS' not in os.environ:
+    os.environ['OMP_NUM_THREADS'] = str(available_cpus())
+    os.environ.setdefault('OMP_WAIT_POLICY', 'active')
+# Every worker updates its own weights from the summed gradient. The momentum then lives in this process, where a checkpoint can keep it.
+os.environ.setdefault('MXNET_UPDATE_ON_KVSTORE', '0')
+
+import mxnet as mx  # noqa: E402  (all of the above has to come first)
+
+__all__ = ['ArgumentParser', 'InputError', 'available_cpus', 'mx', 'number', 'run_script']
+
+
+class InputError(ValueError):
+    """A mistake in what the program was given. Its text is one sentence: what was wrong, which value, what to do."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An ``argparse.ArgumentParser`` whose help shows every default and whose errors are one sentence on stderr and exit status 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+def number(kind, minimum=-math.inf, maximum=math.inf, above=-math.inf):
+    """An argparse ``type`` for a finite ``kind`` (int or float) with minimum <= value <= maximum and value > above."""
+    def parse(text):
+        try:
+            value = kind(text)
+            if not math.isfinite(value):
+                raise ValueError
+        except (ValueError, OverflowError):
+            noun = 'a whole number' if kind is int else 'a finite number'
+            raise argparse.ArgumentTypeError(f'{text!r} is not {noun}') from None
+        for wrong, bound in ((value <= above, f'greater than {above}'), (value < minimum, f'at least {minimum}'),
+                             (value > maximum, f'at most {maximum}')):
+            if wrong:
+                raise argparse.ArgumentTypeError(f'{text} is out of range: it has to be {bound}')
+        return value
+    return parse
+
+
+def run_script(main):
+    """Run ``main()`` and leave with its exit status; an :class:`InputError` is told in one line on stderr, with status 2."""
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr)
+        sys.exit(2)
