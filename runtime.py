@@ -40,8 +40,10 @@ def available_cpus():
 if 'OMP_NUM_THREADS' not in os.environ:
     os.environ['OMP_NUM_THREADS'] = str(available_cpus())
     os.environ.setdefault('OMP_WAIT_POLICY', 'active')
+# MXNet would report on stderr, at every bind, that it fuses operators.
+os.environ.setdefault('MXNET_SUBGRAPH_VERBOSE', '0')
 # Every worker updates its own weights from the summed gradient. The momentum then lives in this process, where a checkpoint can keep it.
-os.environ.setdefault('MXNET_UPDATE_ON_KVSTORE', '0')
+os.environ['MXNET_UPDATE_ON_KVSTORE'] = '0'
 
 import mxnet as mx  # noqa: E402  (all of the above has to come first)
 

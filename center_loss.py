@@ -1,0 +1,257 @@
+"""Center loss as an MXNet operator, and the two metrics of the joint objective.
+
+Y. Wen, K. Zhang, Z. Li, Y. Qiao: A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016.
+
+For a batch of B embeddings x_i with labels y_i, every class j has a center c_j, learned along with the network:
+
+    Eq. 2   L_C = 1/2 sum_i ||x_i - c_{y_i}||^2                                  (the operator's output is L_C / B)
+    Eq. 3   dL_C/dx_i = x_i - c_{y_i}
+    Eq. 4   delta c_j = sum_i [y_i = j] (c_j - x_i) / (1 + sum_i [y_i = j])      c_j <- c_j - alpha delta c_j
+
+Importing this module registers the operator:
+
+    mx.sym.Custom(data=x, label=y, op_type='centerloss', name='center_loss', num_class=10, alpha=0.5)
+"""
+
+import ctypes
+
+import numpy as np
+
+from runtime import mx
+
+__all__ = ['Accuracy', 'CenterLoss', 'CenterLossMetric', 'CenterLossProp']
+
+
+class CenterLoss(mx.operator.CustomOp):
+    """Center loss (Eq. 2), its gradient (Eq. 3), and the movement of the centers (Eq. 4), for one device.
+
+    The work grows with the batch alone, O(B d): only the centers of the classes that occur in it are read or written.
+
+    On the CPU the arrays' own memory is read and written through NumPy. The engine has granted it for the duration of the callback, so
+    nothing is queued behind the backward pass that is under way. On any other device the same steps are ``mx.nd`` operations.
+
+    Parameters
+    ----------
+    num_class : int
+        K, the number of classes.
+    alpha : float
+        Learning rate of the centers (alpha in Eq. 4).
+    scale : float
+        Factor of the gradient with respect to the embeddings.
+    normalization : {'batch', 'null'}
+        Whether that gradient is divided by B or not.
+    on_cpu : bool
+        Whether the arrays' memory can be reached by this process.
+    """
+
+    def __init__(self, num_class, alpha, scale, normalization, on_cpu):
+        super().__init__()
+        self.num_class = num_class
+        self.alpha = alpha
+        self.scale = scale
+        self.normalization = normalization
+        self.on_cpu = on_cpu
+
+    def forward(self, is_train, req, in_data, out_data, aux):
+        """Write the mean center loss of the batch, shape (1,). The centers stay where they are."""
+        data, label = in_data
+        if self.on_cpu:
+            difference = self._difference_in_memory(data, label, aux[0])[0].ravel()
+            loss = np.dot(difference, difference) / (2 * len(label))
+            _write(_memory(out_data[0]), req[0], loss)
+        else:
+            self._classes(label.asnumpy())
+            difference = data - mx.nd.take(aux[0], label)
+            self.assign(out_data[0], req[0], mx.nd.sum(difference * difference).reshape((1,)) / (2 * len(label)))
+
+    def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
+        """Write the gradient of the embeddings, shape (B, d), from the present centers; then move the centers."""
+        data, label = in_data
+        factor = self.scale / len(label) if self.normalization == 'batch' else self.scale
+        if self.on_cpu:
+            difference, classes, centers = self._difference_in_memory(data, label, aux[0])
+            if req[0] != 'null':
+                _write(_memory(in_grad[0]), req[0], factor * difference)
+            _write(_memory(in_grad[1]), req[1], 0)
+            self._move_centers_in_memory(difference, classes, centers)
+        else:
+            difference = data - mx.nd.take(aux[0], label)
+            self.assign(in_grad[0], req[0], factor * difference)
+            self.assign(in_grad[1], req[1], mx.nd.zeros_like(label))
+            self._move_centers(difference, label, aux[0])
+
+    def _difference_in_memory(self, data, label, centers):
+        """x_i - c_{y_i}, shape (B, d), with the classes, int (B,), and the centers' memory, (K, d)."""
+        classes = self._classes(_memory(label))
+        centers = _memory(centers)
+        return _memory(data) - centers[classes], classes, centers
+
+    def _move_centers_in_memory(self, difference, classes, centers):
+        """Eq. 4 on the centers that occur in the batch: sorted by class, the samples of one class are a run that one sum covers."""
+        order = classes.argsort(kind='stable')
+        classes = classes[order]
+        first = np.flatnonzero(np.diff(classes, prepend=-1))  # where the run of each class begins
+        count = np.diff(first, append=len(classes))
+        step = np.add.reduceat(difference[order], first, axis=0)  # (classes in the batch, d)
+        step *= (self.alpha / (1 + count)).astype(np.float32)[:, None]
+        centers[classes[first]] += step
+
+    def _move_centers(self, difference, label, centers):
+        """Eq. 4 without a loop over the samples: with E[i, j] = [y_i = y_j], shape (B, B), row i of E.difference / (1 + sum_j E[i, j])
+        is the step of the center of sample i. It is the same for every sample of that class, so that a scatter that sets is well defined.
+        """
+        same = mx.nd.broadcast_equal(label.reshape((-1, 1)), label.reshape((1, -1)))
+        step = mx.nd.broadcast_div(mx.nd.dot(same, difference), 1 + mx.nd.sum(same, axis=1, keepdims=True))
+        centers[label] = mx.nd.take(centers, label) + self.alpha * step
+
+    def _classes(self, label):
+        """The labels, float32 (B,), as whole numbers, int64 (B,). Raises ValueError for one that is no class."""
+        with np.errstate(invalid='ignore'):
+            classes = label.astype(np.int64)
+        wrong = (classes != label) | (classes < 0) | (classes >= self.num_class)
+        if wrong.any():
+            position = int(wrong.argmax())
+            raise ValueError(f'centerloss: label {label[position]:g} at position {position} of the batch is not a whole number '
+                             f'from 0 to {self.num_class - 1} (num_class={self.num_class})')
+        return classes
+
+
+def _memory(array):
+    """The memory of a float32 NDArray on the CPU as a NumPy array of the same shape. Valid while the engine lends the NDArray."""
+    pointer = ctypes.c_void_p()
+    mx.base.check_call(mx.base._LIB.MXNDArrayGetData(array.handle, ctypes.byref(pointer)))
+    shape = array.shape
+    return np.frombuffer((ctypes.c_float * int(np.prod(shape))).from_address(pointer.value), np.float32).reshape(shape)
+
+
+def _write(target, req, value):
+    """Store a result the way the executor asks for: 'null' not at all, 'add' on top of what is there, otherwise in its place."""
+    if req == 'add':
+        target += value
+    elif req != 'null':
+        target[...] = value
+
+
+@mx.operator.register('centerloss')
+class CenterLossProp(mx.operator.CustomOpProp):
+    """The operator ``centerloss``: its inputs, shapes and parameters.
+
+    Inputs are ``data`` (B, d), the embeddings, and ``label`` (B,), whole numbers in [0, K), both float32. The output (1,) is the batch's
+    mean center loss, sum_i ||x_i - c_{y_i}||^2 / (2 B), whatever ``scale`` is. The one auxiliary state, ``NAME_center_bias`` (K, d),
+    holds the centers; MXNet's initializers zero it because its name ends in ``bias``. It moves in backward only, once per backward.
+
+    Parameters
+    ----------
+    num_class : int
+        K, the number of classes.
+    alpha : float, default 0.5
+        Learning rate of the centers, from 0 (they stay) to 1 (alpha in Eq. 4).
+    scale : float, default 1.0
+        Factor of the gradient with respect to ``data``; lambda of the joint objective (Eq. 5).
+    normalization : {'batch', 'null'}
+        As in SoftmaxOutput: the gradient is scale (x - c_y) / B, or scale (x - c_y). A Module divides every gradient by the total
+        batch itself: 'null' makes it the gradient of the mean there.
+
+    Raises
+    ------
+    ValueError
+        For a parameter or an input shape that does not fit, and for a label that is no class. MXNet prints it, with the value, and
+        raises its own MXNetError where the result is asked for.
+
+    References
+    ----------
+    Wen, Zhang, Li, Qiao, ECCV 2016, Eq. 2 to 5.
+    """
+
+    def __init__(self, num_class=None, alpha=0.5, scale=1.0, normalization='batch', **unknown):
+        super().__init__(need_top_grad=False)
+        # MXNet crashes when a constructor raises. A parameter that does not fit is told by infer_shape, which may.
+        self.problem = None
+        self.num_class = self._number('num_class', num_class, int, 'a whole number of at least 1', lambda value: value >= 1)
+        self.alpha = self._number('alpha', alpha, float, 'a number from 0 to 1', lambda value: 0 <= value <= 1)
+        self.scale = self._number('scale', scale, float, 'a finite number', np.isfinite)
+        self.normalization = normalization
+        if normalization not in ('batch', 'null'):
+            self.problem = f"normalization={normalization!r} is neither 'batch' nor 'null'"
+        if unknown:
+            self.problem = f'{", ".join(unknown)}: no such parameter'
+
+    def _number(self, name, text, kind, wanted, fits):
+        """The parameter ``text`` as a number of that kind; what is wrong with it goes to ``self.problem``."""
+        try:
+            value = kind(text)
+        except (TypeError, ValueError):
+            value = None
+        if value is None or not fits(value):
+            self.problem = f'{name}={text} is not {wanted}'
+        return value
+
+    def list_arguments(self):
+        return ['data', 'label']
+
+    def list_outputs(self):
+        return ['output']
+
+    def list_auxiliary_states(self):
+        return ['center_bias']
+
+    def infer_shape(self, in_shape):
+        if self.problem:
+            raise ValueError(f'centerloss: {self.problem}')
+        data, label = in_shape
+        if len(data) != 2:
+            raise ValueError(f'centerloss: data of shape {tuple(data)} is not (batch, dimension)')
+        if label and label != data[:1]:  # an empty shape is one that is still to be inferred
+            raise ValueError(f'centerloss: label of shape {tuple(label)} does not belong to data of shape {tuple(data)}: '
+                             f'it has to be ({data[0]},)')
+        return [data, data[:1]], [[1]], [[self.num_class, data[1]]]
+
+    def infer_type(self, in_type):
+        if any(given != np.float32 for given in in_type):
+            raise ValueError(f'centerloss: inputs of type {[np.dtype(given).name for given in in_type]} are not float32')
+        return in_type, [np.float32], [np.float32]
+
+    def create_operator(self, ctx, in_shapes, in_dtypes):
+        return CenterLoss(self.num_class, self.alpha, self.scale, self.normalization, on_cpu=ctx.device_type != 'gpu')
+
+
+class _MeanOverImages(mx.metric.EvalMetric):
+    """The mean over images of a quantity; what is local goes with ``reset_local``, what is global lasts until ``reset``."""
+
+    def _add(self, total, images):
+        self.sum_metric += total
+        self.global_sum_metric += total
+        self.num_inst += images
+        self.global_num_inst += images
+
+
+class Accuracy(_MeanOverImages):
+    """Share of the images whose most probable class is their label; every image counts once, whatever the batches.
+
+    It takes the output ``softmax_output`` (B, K) and the label ``softmax_label`` (B,).
+    """
+
+    def __init__(self, name='accuracy', output_names=('softmax_output',), label_names=('softmax_label',)):
+        super().__init__(name, output_names=list(output_names), label_names=list(label_names))
+
+    def update(self, labels, preds):
+        predicted = preds[0].asnumpy().argmax(axis=1)
+        label = labels[0].asnumpy()
+        self._add(int((predicted == label).sum()), len(label))
+
+
+class CenterLossMetric(_MeanOverImages):
+    """Mean over the images of 1/2 ||x_i - c_{y_i}||^2 (Eq. 2), from the operator's output, whatever the batches and devices.
+
+    It takes the output ``center_loss_output``, shape (1,), or one number per device in a Module's merged outputs, and the label
+    ``center_label`` (B,). Each number is the mean of its device's share of the batch and weighs as much as that share.
+    """
+
+    def __init__(self, name='center_loss', output_names=('center_loss_output',), label_names=('center_label',)):
+        super().__init__(name, output_names=list(output_names), label_names=list(label_names))
+
+    def update(self, labels, preds):
+        means = preds[0].asnumpy().astype(np.float64)
+        shares = mx.executor_manager._split_input_slice(len(labels[0]), [1] * len(means))
+        images = [share.stop - share.start for share in shares]
+        self._add(float(np.dot(means, images)), sum(images))

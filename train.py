@@ -1,0 +1,142 @@
+"""Train LeNet on MNIST with softmax and center loss together.
+
+    python train.py                                      20 epochs on the CPU
+    python train.py --batch-size=128 --center-loss-weight=0.1
+    python train.py --center-loss-weight=0 --save-model-prefix=softmax    the softmax-only baseline, measured by the same yardstick
+    python train.py --gpus=0,1 --batch-size=256
+    python train.py --resume                             continue after a stop
+
+The objective is Eq. 5 of Wen, Zhang, Li, Qiao: A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016,
+
+    L = L_softmax + lambda L_C,
+
+with both terms the mean over the batch. ``tail -f log.txt`` follows a run, ``python vis.py`` shows what came of it.
+"""
+
+import argparse
+import functools
+
+import center_loss  # noqa: F401  (registers the operator)
+import data
+from runtime import ArgumentParser, mx, number, run_script
+from train_model import INITIALIZERS, fit
+
+IMAGE_SHAPE = (1, 28, 28)
+NUM_CLASSES = 10
+
+
+def get_symbol(num_classes=NUM_CLASSES, center_loss_weight=0.01, alpha=0.5, embedding_dim=2, no_bias=False):
+    """LeNet with the joint objective.
+
+    Parameters
+    ----------
+    num_classes : int
+        K, the number of classes.
+    center_loss_weight : float
+        lambda of Eq. 5. With 0 the operator stays: the centers follow the embeddings and the loss is reported, only its gradient is zero.
+    alpha : float
+        Learning rate of the centers (Eq. 4), from 0 to 1.
+    embedding_dim : int
+        d, the dimension of the embedding.
+    no_bias : bool
+        Leave the biases out of the embedding and of the last layer: the classes are then told apart by angle alone, and the clusters lie
+        on a ring, as in the paper's Figures 2 and 3.
+
+    Returns
+    -------
+    mx.sym.Symbol
+        Group of ``softmax_output`` (B, K) and ``center_loss_output`` (1,), with the inputs ``data`` (B, 1, 28, 28), ``softmax_label`` (B,) and
+        ``center_label`` (B,).
+    """
+    embedding = mx.sym.FullyConnected(lenet(mx.sym.var('data')), num_hidden=embedding_dim, no_bias=no_bias, name='embedding')  # (B, d)
+    logits = mx.sym.FullyConnected(embedding, num_hidden=num_classes, no_bias=no_bias, name='fc2')  # (B, K)
+    softmax = mx.sym.SoftmaxOutput(logits, name='softmax')
+    # A Module divides every gradient by the total batch. SoftmaxOutput's gradient is a sum over the batch, and with 'null' so is the
+    # center loss's: what is minimised is the mean softmax loss plus lambda times the mean center loss at any batch size.
+    center = mx.sym.Custom(data=embedding, label=mx.sym.var('center_label'), op_type='centerloss', name='center_loss',
+                           num_class=num_classes, alpha=alpha, scale=center_loss_weight, normalization='null')
+    return mx.sym.Group([softmax, center])
+
+
+def lenet(image):
+    """The features that feed the embedding: (B, 1, 28, 28) -> (B, 500)."""
+    net = mx.sym.Convolution(image, kernel=(5, 5), num_filter=20, name='conv1')  # (B, 20, 24, 24)
+    net = mx.sym.Activation(net, act_type='tanh', name='tanh1')
+    net = mx.sym.Pooling(net, kernel=(2, 2), stride=(2, 2), pool_type='max', name='pool1')  # (B, 20, 12, 12)
+    net = mx.sym.Convolution(net, kernel=(5, 5), num_filter=50, name='conv2')  # (B, 50, 8, 8)
+    net = mx.sym.Activation(net, act_type='tanh', name='tanh2')
+    net = mx.sym.Pooling(net, kernel=(2, 2), stride=(2, 2), pool_type='max', name='pool2')  # (B, 50, 4, 4)
+    net = mx.sym.FullyConnected(mx.sym.flatten(net, name='flatten'), num_hidden=500, name='fc1')
+    return mx.sym.Activation(net, act_type='tanh', name='tanh3')
+
+
+def parse_args(argv=None):
+    """The command line (by default ``sys.argv``) as a namespace, checked as far as it can be without touching a file."""
+    parser = ArgumentParser(description='Train LeNet on MNIST with softmax and center loss (Wen et al., ECCV 2016).')
+    data.add_data_arguments(parser)
+    parser.add_argument('--num-examples', type=number(int, minimum=1), default=60000, metavar='N', help='use only the first N training images')
+
+    network = parser.add_argument_group('network and objective')
+    network.add_argument('--center-loss-weight', type=number(float, minimum=0), default=0.01, metavar='LAMBDA',
+                         help='lambda of L = L_softmax + lambda L_C, both the mean over the batch; 0 is softmax only')
+    network.add_argument('--alpha', type=number(float, minimum=0, maximum=1), default=0.5,
+                         help='learning rate of the centers: how far they move towards the embeddings of their class in every batch')
+    network.add_argument('--no-bias', action='store_true', help='no biases in the embedding and the last layer: the clusters lie on a ring')
+    network.add_argument('--initializer', choices=sorted(INITIALIZERS), default='xavier',
+                         help='initial weights: xavier trains at lambda 0 to 1; mixed (dense layers close to 0) is the widely known recipe, '
+                              'for lambda 0.01 and below')
+
+    training = parser.add_argument_group('training')
+    training.add_argument('--gpus', type=device_numbers, default='', metavar='LIST', help='GPUs that share every batch, such as 0,1; empty: the CPU')
+    training.add_argument('--cpus', type=device_numbers, default='', metavar='LIST',
+                          help='CPU contexts that share every batch as GPUs would, such as 0,1; empty: one')
+    training.add_argument('--batch-size', type=number(int, minimum=1), default=100, metavar='B', help='images in a batch, over all devices')
+    training.add_argument('--num-epochs', type=number(int, minimum=1), default=20, metavar='N', help='epochs in all, with those before --resume')
+    training.add_argument('--lr', type=number(float, above=0), default=0.01, help='learning rate of SGD (momentum 0.9, weight decay 5e-4)')
+    training.add_argument('--lr-factor', type=number(float, above=0, maximum=1), default=0.5, metavar='F',
+                          help='the learning rate is multiplied by F every --lr-factor-epoch epochs; 1 keeps it')
+    training.add_argument('--lr-factor-epoch', type=number(float, above=0), default=20, metavar='E', help='in epochs; 0.5 is half an epoch')
+    training.add_argument('--clip-gradient', type=number(float, above=0), metavar='C',
+                          help='cut every element of a gradient (of the mean over the batch) to [-C, C]')
+    training.add_argument('--kv-store', choices=['local', 'device', 'dist_sync', 'dist_device_sync'], default='local',
+                          help='how gradients are summed: over the devices of this process (local: on the CPU, device: on the GPUs), or over machines')
+    training.add_argument('--seed', type=number(int, minimum=0, maximum=2**31 - 1), default=0, help='of the initial weights and of the shuffles')
+
+    files = parser.add_argument_group('checkpoints and log')
+    files.add_argument('--save-model-prefix', default='center_loss', metavar='P', help='checkpoints are written to P-0001.params and so on')
+    files.add_argument('--resume', action='store_true', help='continue the run of --save-model-prefix from its newest whole checkpoint')
+    files.add_argument('--model-prefix', metavar='P', help='with --load-epoch: start a new run from the parameters of P that fit (fine-tuning)')
+    files.add_argument('--load-epoch', type=number(int, minimum=1), metavar='N', help='the epoch of --model-prefix to start from')
+    files.add_argument('--log_file', '--log-file', default='log.txt', help='name of the log file, which is appended to')
+    files.add_argument('--log_dir', '--log-dir', default='.', help='folder of the log file')
+
+    args = parser.parse_args(argv)
+    if (args.model_prefix is None) != (args.load_epoch is None):
+        given, missing = ('--load-epoch', '--model-prefix') if args.model_prefix is None else ('--model-prefix', '--load-epoch')
+        parser.error(f'{given} needs {missing} beside it')
+    if args.resume and args.load_epoch is not None:
+        parser.error('--resume continues a run and --load-epoch begins one: give one of them')
+    if args.gpus and args.cpus:
+        parser.error('--gpus and --cpus both name the devices: give one of them')
+    return args
+
+
+def device_numbers(text):
+    """An argparse type: '0,1' -> [0, 1], '' -> []."""
+    numbers = text.split(',') if text else []
+    if not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of device numbers such as 0 or 0,1')
+    if len({int(number) for number in numbers}) < len(numbers):
+        raise argparse.ArgumentTypeError(f'{text!r} names a device twice')
+    return [int(number) for number in numbers]
+
+
+def main():
+    args = parse_args()
+    network = get_symbol(NUM_CLASSES, args.center_loss_weight, args.alpha, no_bias=args.no_bias)
+    data_loader = functools.partial(data.mnist_iterator, dataset=args.dataset, data_dir=args.data_dir, seed=args.seed, num_examples=args.num_examples)
+    fit(args, network, data_loader, IMAGE_SHAPE)
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,380 @@
+"""Training of a symbol that ends in a softmax and a center loss, with ``mx.mod.Module``.
+
+``fit`` reads from top to bottom as the list of decisions that a training run makes: log file, kvstore, devices, data, learning rate, initial
+weights, the epochs. It knows nothing of the network and of the data but what it is given.
+
+A run leaves, for every epoch (counted from 1):
+
+    PREFIX-symbol.json   the network
+    PREFIX-0001.params   weights ('arg:NAME') and centers ('aux:NAME'), what ``mx.model.load_checkpoint`` reads
+    PREFIX-0001.states   what an exact continuation needs besides: momentum, the options, and the digest of the .params they belong to
+
+A prefix holds one run. Each file is written beside its place and moved there when it is whole.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from center_loss import Accuracy, CenterLossMetric
+from runtime import InputError, mx
+
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+LOG_EVERY = 50  # batches between two lines of the log
+
+# What may differ between a run and its continuation without changing a single weight.
+NOT_OF_THE_RUN = {'data_dir', 'log_dir', 'log_file', 'load_epoch', 'model_prefix', 'num_epochs', 'resume', 'save_model_prefix'}
+
+
+def fit(args, network, data_loader, data_shape, devices=None):
+    """Train a network, with validation and a checkpoint after every epoch.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        The options of ``train.py``: ``gpus``, ``cpus``, ``batch_size``, ``lr``, ``lr_factor``, ``lr_factor_epoch``, ``clip_gradient``, ``initializer``,
+        ``num_epochs``, ``kv_store``, ``model_prefix``, ``load_epoch``, ``save_model_prefix``, ``resume``, ``log_file``, ``log_dir``, ``seed``.
+    network : mx.sym.Symbol
+        A group of the outputs ``softmax_output`` (B, K) and ``center_loss_output`` (1,), with the labels ``softmax_label`` and
+        ``center_label``, both (B,).
+    data_loader : callable
+        ``data_loader(batch_size, data_shape, num_parts=, part_index=, first_epoch=) -> (train, val)``: two ``mx.io.DataIter``, the first of this
+        worker's share of the training data, with the attribute ``num_batches``.
+    data_shape : tuple of int
+        Shape of one example, such as (1, 28, 28).
+    devices : list of mx.Context, optional
+        Devices that share every batch. By default what ``args.gpus`` or ``args.cpus`` name, else the first CPU.
+
+    Returns
+    -------
+    mx.mod.Module
+        The trained module.
+
+    Raises
+    ------
+    InputError
+        For options that do not fit each other, this machine or the files that are there.
+    """
+    devices = devices or choose_devices(args.gpus, args.cpus)
+    if args.batch_size % len(devices):
+        raise InputError(f'--batch-size={args.batch_size} cannot be shared equally by {len(devices)} devices: take a multiple of {len(devices)}')
+    kv = mx.kv.create(args.kv_store)
+    with logging_to(Path(args.log_dir) / args.log_file, kv.rank):
+        logging.info('start with arguments %s', args)
+        checkpoints = Checkpoints(args.save_model_prefix)
+        mx.random.seed(args.seed)
+        np.random.seed(args.seed)
+        module = Module(network, label_names=['softmax_label', 'center_label'], context=devices)
+        first_epoch, arg_params, aux_params = starting_point(args, checkpoints, module, data_shape)
+        train, val = data_loader(args.batch_size, data_shape, num_parts=kv.num_workers, part_index=kv.rank, first_epoch=first_epoch)
+
+        def finish_epoch(epoch, symbol, arg_params, aux_params):
+            """Validation, then the checkpoint: an epoch that has a checkpoint has all its numbers in the log."""
+            for name, value in module.score(val, metrics()):
+                logging.info('Epoch[%d] Validation-%s=%f', epoch, name, value)
+            if kv.rank == 0:
+                checkpoints.save(epoch + 1, symbol, arg_params, aux_params, module.momentum(), options_of_the_run(args))
+
+        with ProgressBar(args.batch_size, train.num_batches, args.num_epochs) as progress_bar:
+            module.fit(
+                train,
+                eval_metric=metrics(),
+                kvstore=kv,
+                optimizer='sgd',
+                optimizer_params=optimizer_options(args, train.num_batches, first_epoch),
+                initializer=INITIALIZERS[args.initializer],
+                arg_params=arg_params,
+                aux_params=aux_params,
+                allow_missing=True,
+                begin_epoch=first_epoch,
+                num_epoch=args.num_epochs,
+                batch_end_callback=[mx.callback.Speedometer(args.batch_size, LOG_EVERY), progress_bar],
+                epoch_end_callback=finish_epoch,
+            )
+    return module
+
+
+INITIALIZERS = {
+    # Keeps the scale of the activations, so that the embedding starts with a spread that lambda 0.01 to 1 can work on.
+    'xavier': mx.init.Xavier(factor_type='in', rnd_type='gaussian', magnitude=1),
+    # The recipe of the best-known MXNet version: an embedding that starts as nearly one point. It trains at small lambda only.
+    'mixed': mx.init.Mixed(['.*fc.*', '.*'], [mx.init.Normal(0.001), mx.init.Xavier(factor_type='out', rnd_type='gaussian', magnitude=2)]),
+}
+
+
+def metrics():
+    """The two numbers that are reported of training and validation alike."""
+    return mx.metric.CompositeEvalMetric([Accuracy(), CenterLossMetric()])
+
+
+def choose_devices(gpus, cpus):
+    """The contexts for lists of device numbers: the GPUs, else the CPU contexts, else the first CPU.
+
+    Raises InputError where this build of MXNet has no CUDA or this machine no such GPU.
+    """
+    if gpus and not mx.runtime.Features().is_enabled('CUDA'):
+        raise InputError(f'--gpus={",".join(map(str, gpus))}: this MXNet is built for the CPU alone; install a CUDA build in its place '
+                         '(pip install mxnet-cu112, say), or leave --gpus out')
+    if gpus and max(gpus) >= mx.context.num_gpus():
+        raise InputError(f'--gpus={",".join(map(str, gpus))}: there is no GPU {max(gpus)}, MXNet sees {mx.context.num_gpus()} on this machine')
+    return [mx.gpu(i) for i in gpus] or [mx.cpu(i) for i in cpus] or [mx.cpu()]
+
+
+@contextlib.contextmanager
+def logging_to(path, rank):
+    """Send the root logger, which MXNet writes to, line by line to a file and to stderr; on a terminal, above the progress bar."""
+    line = logging.Formatter(f'%(asctime)-15s Node[{rank}] %(message)s')
+    try:
+        handlers = [logging.FileHandler(path), logging.StreamHandler()]
+    except OSError as error:
+        raise InputError(f'cannot write the log file {path}: {error.strerror}; see --log_dir and --log_file') from None
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    for handler in handlers:
+        handler.setFormatter(line)
+        logger.addHandler(handler)
+    try:
+        with logging_redirect_tqdm():
+            yield
+    finally:
+        logger.setLevel(level)
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def optimizer_options(args, batches_per_epoch, first_epoch):
+    """Options of SGD. The schedule is given in epochs and counted in updates, from the first update of the run, not of this process."""
+    return {
+        'learning_rate': args.lr,
+        'momentum': MOMENTUM,
+        'wd': WEIGHT_DECAY,
+        'clip_gradient': args.clip_gradient,
+        'lr_scheduler': mx.lr_scheduler.FactorScheduler(max(1, round(args.lr_factor_epoch * batches_per_epoch)), args.lr_factor, base_lr=args.lr),
+        'begin_num_update': first_epoch * batches_per_epoch,
+    }
+
+
+def starting_point(args, checkpoints, module, data_shape):
+    """Where the run begins: the number of finished epochs, and the weights and centers by name (None: what the initializer makes).
+
+    ``args.resume`` continues the prefix from its newest whole checkpoint; ``args.load_epoch`` begins a new run with whatever fits of the
+    parameters of another one.
+    """
+    if args.resume:
+        for epoch in reversed(checkpoints.epochs()):
+            try:
+                arg_params, aux_params, momentum, options = checkpoints.load(epoch)
+            except DamagedCheckpoint as damage:
+                logging.warning('%s; going back to the checkpoint before it', damage)
+                continue
+            left = [name for name, why in misfits(module.symbol, data_shape, arg_params, aux_params)]
+            if left:
+                raise InputError(f'{checkpoints.params(epoch)} is a checkpoint of another network: {", ".join(left)} do not fit; '
+                                 'resume with the options it was trained with, or start from it with --model-prefix and --load-epoch')
+            for name, value in options_of_the_run(args).items():
+                if options.get(name) != value:
+                    logging.warning('resuming with %s=%s, while %s was trained with %s', name, value, checkpoints.params(epoch), options.get(name))
+            logging.info('resuming from %s', checkpoints.params(epoch))
+            if epoch >= args.num_epochs:
+                logging.warning('%s has all of the %d epochs already: raise --num-epochs to go on', checkpoints.prefix, args.num_epochs)
+            module.initial_momentum = momentum
+            return epoch, arg_params, aux_params
+        logging.info('no checkpoint of %s to resume from: starting at the beginning', checkpoints.prefix)
+    existing = checkpoints.epochs()
+    if existing:
+        logging.warning('the %d checkpoints of an earlier run of %s are overwritten when the first epoch is done; '
+                        'stop now and give --resume to continue that run, or another --save-model-prefix to keep it', len(existing), checkpoints.prefix)
+    if args.load_epoch is None:
+        return 0, None, None
+    source = Checkpoints(args.model_prefix)
+    arg_params, aux_params = source.load_params(args.load_epoch)
+    for name, why in misfits(module.symbol, data_shape, arg_params, aux_params):
+        logging.info('%s: left %s, %s', source.params(args.load_epoch), name, why)
+        arg_params.pop(name, None)
+        aux_params.pop(name, None)
+    logging.info('%s: took %s', source.params(args.load_epoch), ', '.join([*arg_params, *aux_params]) or 'nothing')
+    return 0, arg_params, aux_params
+
+
+def misfits(network, data_shape, arg_params, aux_params):
+    """Pairs (name, why) of the given parameters that the network does not have, or has in another shape, and of those that it misses."""
+    arg_shapes, _, aux_shapes = network.infer_shape(data=(1, *data_shape))
+    wanted = dict(zip(network.list_arguments() + network.list_auxiliary_states(), arg_shapes + aux_shapes))
+    given = {**arg_params, **aux_params}
+    inputs = {name for name in wanted if name == 'data' or name.endswith('label')}
+    for name in given.keys() - (wanted.keys() - inputs):
+        yield name, 'which the network does not have'
+    for name in wanted.keys() - inputs - given.keys():
+        yield name, 'which is not there'
+    for name in given.keys() & wanted.keys():
+        if given[name].shape != wanted[name]:
+            yield name, f'of shape {given[name].shape} where the network has {wanted[name]}'
+
+
+def options_of_the_run(args):
+    """The options that decide what the weights become, as JSON keeps them."""
+    return json.loads(json.dumps({name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}))
+
+
+class Module(mx.mod.Module):
+    """A Module whose centers are read when they have come to rest, and whose momentum goes by the names of the parameters, without pickle."""
+
+    initial_momentum = None
+
+    def get_params(self):
+        # The engine is not told that the operator's backward writes the centers: without this it lets them be read while the last step is under way.
+        mx.nd.waitall()
+        return super().get_params()
+
+    def init_optimizer(self, *args, **kwargs):
+        super().init_optimizer(*args, **kwargs)
+        if self.initial_momentum is not None:
+            self._updater.states = {index: self.initial_momentum[name].copy() for index, name in self._optimizer.idx2name.items()}
+            self._updater.states_synced = dict.fromkeys(self._updater.states, False)  # each is moved to its device at the next update
+
+    def momentum(self):
+        """Momentum of every parameter by name. All devices hold the same."""
+        return {self._optimizer.idx2name[index]: state for index, state in self._updater.states.items()}
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint that is not whole, or not there."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: the files of one prefix.
+
+    Parameters
+    ----------
+    prefix : str
+        Path that the names of all the files begin with. Its folder has to exist and to be writable for ``save``.
+    """
+
+    def __init__(self, prefix):
+        self.prefix = prefix
+
+    def params(self, epoch):
+        return Path(f'{self.prefix}-{epoch:04d}.params')
+
+    def states(self, epoch):
+        return Path(f'{self.prefix}-{epoch:04d}.states')
+
+    def epochs(self):
+        """The epochs of which there is a .params file, in order."""
+        prefix = Path(self.prefix)
+        found = (re.fullmatch(re.escape(prefix.name) + r'-(\d{4,})\.params', path.name) for path in prefix.parent.glob('*.params'))
+        return sorted(int(match[1]) for match in found if match)
+
+    def save(self, epoch, symbol, arg_params, aux_params, momentum, options):
+        """Write a whole checkpoint, or leave everything as it was.
+
+        The .states name the digest of the .params they belong to, so that two files of different moments are never taken for a pair. The first
+        epoch begins a run: checkpoints that an earlier one left under the prefix go when the new one is ready to take their place.
+        """
+        places = [Path(f'{self.prefix}-symbol.json'), self.states(epoch), self.params(epoch)]
+        beside = [place.with_name(f'.{place.name}.{os.getpid()}') for place in places]
+        new_symbol, new_states, new_params = beside
+        try:
+            new_symbol.write_text(symbol.tojson())
+            save_arrays(new_params, {**{f'arg:{name}': value for name, value in arg_params.items()},
+                                     **{f'aux:{name}': value for name, value in aux_params.items()}})
+            save_arrays(new_states, {**{f'momentum:{name}': value for name, value in momentum.items()},
+                                     'options': bytes_to_array(json.dumps(options).encode()),
+                                     'digest': bytes_to_array(digest(new_params))})
+            if epoch == 1:
+                for old in reversed(self.epochs()):
+                    self.params(old).unlink()
+                    self.states(old).unlink(missing_ok=True)
+            for source, place in zip(beside, places):
+                os.replace(source, place)
+        except (OSError, mx.MXNetError) as error:
+            reason = getattr(error, 'strerror', None) or 'the disk is full or cannot be written'
+            raise InputError(f'cannot write the checkpoint of epoch {epoch} to {self.params(epoch)}: {reason}; '
+                             f'the checkpoints of the {epoch - 1} epochs before it stand') from None
+        finally:
+            for path in beside:
+                path.unlink(missing_ok=True)
+
+    def load(self, epoch):
+        """The whole checkpoint: (arg_params, aux_params, momentum, options). Raises DamagedCheckpoint."""
+        states = load_arrays(self.states(epoch))
+        if 'digest' not in states or digest(self.params(epoch)) != states['digest'].asnumpy().tobytes():
+            raise DamagedCheckpoint(f'{self.states(epoch)} does not belong to {self.params(epoch)}')
+        momentum = {key.split(':', 1)[1]: value for key, value in states.items() if key.startswith('momentum:')}
+        return (*self.load_params(epoch), momentum, json.loads(states['options'].asnumpy().tobytes()))
+
+    def load_params(self, epoch):
+        """The weights and centers by name: (arg_params, aux_params). Raises DamagedCheckpoint."""
+        path = self.params(epoch)
+        if not path.exists():
+            there = ', '.join(map(str, self.epochs())) or 'none'
+            raise DamagedCheckpoint(f'there is no {path}; epochs of {self.prefix} that have a checkpoint: {there}')
+        arrays = load_arrays(path)
+        return tuple({key[4:]: value for key, value in arrays.items() if key.startswith(kind)} for kind in ('arg:', 'aux:'))
+
+
+def save_arrays(path, arrays):
+    """Write named arrays and make sure that what is on the disk can be read."""
+    path.touch()  # an OSError tells more than MXNet would
+    mx.nd.save(str(path), arrays)
+    with open(path, 'rb') as written:
+        os.fsync(written.fileno())
+    mx.nd.load(str(path))
+
+
+def load_arrays(path):
+    """Read named arrays. Raises DamagedCheckpoint for a file that is not there, or holds something else."""
+    try:
+        arrays = mx.nd.load(str(path))
+    except mx.MXNetError:
+        arrays = None
+    if not isinstance(arrays, dict):
+        raise DamagedCheckpoint(f'{path} is {"not a whole file of named arrays" if path.exists() else "missing"}')
+    return arrays
+
+
+def digest(path):
+    """SHA-256 of a file, 32 bytes."""
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+def bytes_to_array(data):
+    return mx.nd.array(np.frombuffer(data, np.uint8), dtype=np.uint8)
+
+
+class ProgressBar:
+    """A batch-end callback: on a terminal, a bar for every epoch with images/s, accuracy and center loss; nothing elsewhere."""
+
+    def __init__(self, batch_size, num_batches, num_epochs):
+        self.batch_size = batch_size
+        self.num_batches = num_batches
+        self.num_epochs = num_epochs
+        self.bar = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, param):
+        if param.nbatch == 0:
+            self.bar = tqdm(total=self.num_batches * self.batch_size, desc=f'epoch {param.epoch + 1}/{self.num_epochs}', unit=' images',
+                            unit_scale=True, leave=False, disable=None)
+        if not self.bar.disable:
+            self.bar.set_postfix({name: f'{value:.4f}' for name, value in param.eval_metric.get_global_name_value()}, refresh=False)
+        self.bar.update(self.batch_size)
+        if param.nbatch + 1 == self.num_batches:
+            self.bar.close()
