@@ -218,6 +218,9 @@ class CenterLossProp(mx.operator.CustomOpProp):
 class _MeanOverImages(mx.metric.EvalMetric):
     """The mean over images of a quantity; what is local goes with ``reset_local``, what is global lasts until ``reset``."""
 
+    def __init__(self, name, output_names, label_names):
+        super().__init__(name, output_names=list(output_names), label_names=list(label_names), has_global_stats=True)
+
     def _add(self, total, images):
         self.sum_metric += total
         self.global_sum_metric += total
@@ -232,7 +235,7 @@ class Accuracy(_MeanOverImages):
     """
 
     def __init__(self, name='accuracy', output_names=('softmax_output',), label_names=('softmax_label',)):
-        super().__init__(name, output_names=list(output_names), label_names=list(label_names))
+        super().__init__(name, output_names, label_names)
 
     def update(self, labels, preds):
         predicted = preds[0].asnumpy().argmax(axis=1)
@@ -248,7 +251,7 @@ class CenterLossMetric(_MeanOverImages):
     """
 
     def __init__(self, name='center_loss', output_names=('center_loss_output',), label_names=('center_label',)):
-        super().__init__(name, output_names=list(output_names), label_names=list(label_names))
+        super().__init__(name, output_names, label_names)
 
     def update(self, labels, preds):
         means = preds[0].asnumpy().astype(np.float64)

@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,9 @@ os.environ.setdefault('MXNET_SUBGRAPH_VERBOSE', '0')
 # Every worker updates its own weights from the summed gradient. The momentum then lives in this process, where a checkpoint can keep it.
 os.environ['MXNET_UPDATE_ON_KVSTORE'] = '0'
 
-import mxnet as mx  # noqa: E402  (all of the above has to come first)
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # of MXNet's own use of what Python and NumPy have deprecated since
+    import mxnet as mx
 
 __all__ = ['ArgumentParser', 'InputError', 'available_cpus', 'mx', 'number', 'run_script']
 
