@@ -9,6 +9,7 @@ Every script takes MXNet from here, ``from runtime import mx``, so that the orde
 import argparse
 import math
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -50,11 +51,23 @@ with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # of MXNet's own use of what Python and NumPy have deprecated since
     import mxnet as mx
 
-__all__ = ['ArgumentParser', 'InputError', 'available_cpus', 'mx', 'number', 'run_script']
+__all__ = ['ArgumentParser', 'Failure', 'InputError', 'Terminated', 'available_cpus', 'mx', 'number', 'run_script']
 
 
-class InputError(ValueError):
-    """A mistake in what the program was given. Its text is one sentence: what was wrong, which value, what to do."""
+class Failure(Exception):
+    """What ends a script. Its text is one sentence: what was wrong, which value, what to do."""
+
+    status = 1
+
+
+class InputError(Failure, ValueError):
+    """A mistake in what the program was given."""
+
+    status = 2
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, told like Ctrl-C."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -86,9 +99,14 @@ def number(kind, minimum=-math.inf, maximum=math.inf, above=-math.inf):
 
 
 def run_script(main):
-    """Run ``main()`` and leave with its exit status; an :class:`InputError` is told in one line on stderr, with status 2."""
+    """Run ``main()`` and leave: status 0, a :class:`Failure` told in one line on stderr with its status, or 130 and 143 for Ctrl-C and SIGTERM."""
+    def terminate(signum, frame):
+        raise Terminated
+    signal.signal(signal.SIGTERM, terminate)
     try:
-        sys.exit(main())
-    except InputError as error:
-        print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr)
-        sys.exit(2)
+        main()
+    except Failure as failure:
+        print(f'{Path(sys.argv[0]).name}: error: {failure}', file=sys.stderr)
+        sys.exit(failure.status)
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))

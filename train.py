@@ -104,7 +104,7 @@ def parse_args(argv=None):
 
     files = parser.add_argument_group('checkpoints and log')
     files.add_argument('--save-model-prefix', default='center_loss', metavar='P', help='checkpoints are written to P-0001.params and so on')
-    files.add_argument('--resume', action='store_true', help='continue the run of --save-model-prefix from its newest whole checkpoint')
+    files.add_argument('--resume', action='store_true', help='continue the run of --save-model-prefix from its newest whole checkpoint, where there is one')
     files.add_argument('--model-prefix', metavar='P', help='with --load-epoch: start a new run from the parameters of P that fit (fine-tuning)')
     files.add_argument('--load-epoch', type=number(int, minimum=1), metavar='N', help='the epoch of --model-prefix to start from')
     files.add_argument('--log_file', '--log-file', default='log.txt', help='name of the log file, which is appended to')
@@ -114,8 +114,6 @@ def parse_args(argv=None):
     if (args.model_prefix is None) != (args.load_epoch is None):
         given, missing = ('--load-epoch', '--model-prefix') if args.model_prefix is None else ('--model-prefix', '--load-epoch')
         parser.error(f'{given} needs {missing} beside it')
-    if args.resume and args.load_epoch is not None:
-        parser.error('--resume continues a run and --load-epoch begins one: give one of them')
     if args.gpus and args.cpus:
         parser.error('--gpus and --cpus both name the devices: give one of them')
     return args

@@ -16,8 +16,14 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
+import shlex
+import signal
+import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +31,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from center_loss import Accuracy, CenterLossMetric
-from runtime import InputError, mx
+from runtime import Failure, InputError, Terminated, mx
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
@@ -67,10 +73,11 @@ def fit(args, network, data_loader, data_shape, devices=None):
     devices = devices or choose_devices(args.gpus, args.cpus)
     if args.batch_size % len(devices):
         raise InputError(f'--batch-size={args.batch_size} cannot be shared equally by {len(devices)} devices: take a multiple of {len(devices)}')
+    checkpoints = Checkpoints(args.save_model_prefix)
+    checkpoints.check_folder()
     kv = mx.kv.create(args.kv_store)
     with logging_to(Path(args.log_dir) / args.log_file, kv.rank):
         logging.info('start with arguments %s', args)
-        checkpoints = Checkpoints(args.save_model_prefix)
         mx.random.seed(args.seed)
         np.random.seed(args.seed)
         module = Module(network, label_names=['softmax_label', 'center_label'], context=devices)
@@ -79,27 +86,33 @@ def fit(args, network, data_loader, data_shape, devices=None):
 
         def finish_epoch(epoch, symbol, arg_params, aux_params):
             """Validation, then the checkpoint: an epoch that has a checkpoint has all its numbers in the log."""
-            for name, value in module.score(val, metrics()):
+            for name, value in module.score(val, metrics(), batch_end_callback=stop_request):
                 logging.info('Epoch[%d] Validation-%s=%f', epoch, name, value)
             if kv.rank == 0:
                 checkpoints.save(epoch + 1, symbol, arg_params, aux_params, module.momentum(), options_of_the_run(args))
 
-        with ProgressBar(args.batch_size, train.num_batches, args.num_epochs) as progress_bar:
-            module.fit(
-                train,
-                eval_metric=metrics(),
-                kvstore=kv,
-                optimizer='sgd',
-                optimizer_params=optimizer_options(args, train.num_batches, first_epoch),
-                initializer=INITIALIZERS[args.initializer],
-                arg_params=arg_params,
-                aux_params=aux_params,
-                allow_missing=True,
-                begin_epoch=first_epoch,
-                num_epoch=args.num_epochs,
-                batch_end_callback=[mx.callback.Speedometer(args.batch_size, LOG_EVERY), progress_bar],
-                epoch_end_callback=finish_epoch,
-            )
+        with StopRequest() as stop_request, ProgressBar(args.batch_size, train.num_batches, args.num_epochs) as progress_bar:
+            try:
+                module.fit(
+                    train,
+                    eval_metric=metrics(),
+                    kvstore=kv,
+                    optimizer='sgd',
+                    optimizer_params=optimizer_options(args, train.num_batches, first_epoch),
+                    initializer=INITIALIZERS[args.initializer],
+                    arg_params=arg_params,
+                    aux_params=aux_params,
+                    allow_missing=True,
+                    begin_epoch=first_epoch,
+                    num_epoch=args.num_epochs,
+                    batch_end_callback=[progress_bar, stop_unless_finite, stop_request, mx.callback.Speedometer(args.batch_size, LOG_EVERY)],
+                    epoch_end_callback=finish_epoch,
+                )
+            except KeyboardInterrupt:
+                logging.warning('stopped: %s', checkpoints.how_to_continue())
+                raise
+            except Diverged as divergence:
+                raise Diverged(f'{divergence}; {checkpoints.how_to_continue()}') from None
     return module
 
 
@@ -129,12 +142,58 @@ def choose_devices(gpus, cpus):
     return [mx.gpu(i) for i in gpus] or [mx.cpu(i) for i in cpus] or [mx.cpu()]
 
 
+class StopRequest:
+    """Within it, the first Ctrl-C or SIGTERM stops at the end of the batch that is under way; a second one acts at once.
+
+    In between MXNet may be calling back into Python, where an exception would not come through. As a batch-end callback it raises
+    KeyboardInterrupt, or its kind Terminated.
+    """
+
+    def __enter__(self):
+        self.requested = None
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def request(self, number, frame):
+        self.requested = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        self.__exit__()
+
+    def __call__(self, param):
+        if self.requested:
+            raise self.requested
+
+
+class Diverged(Failure):
+    """Training that cannot come to anything any more."""
+
+
+def stop_unless_finite(param):
+    """A batch-end callback that raises Diverged when a metric of the epoch is no longer a finite number."""
+    for name, value in param.eval_metric.get_global_name_value():
+        if not math.isfinite(value):
+            raise Diverged(f'training diverged: {name} is {value} in epoch {param.epoch + 1}, batch {param.nbatch + 1}; '
+                           'try a smaller --lr or --center-loss-weight, or --clip-gradient')
+
+
+class LogFile(logging.FileHandler):
+    """A log file that stops the run when it cannot be written, instead of going on without a record."""
+
+    def handleError(self, record):
+        raise InputError(f'cannot write the log file {self.baseFilename}: {sys.exc_info()[1]}; see --log_dir and --log_file') from None
+
+
 @contextlib.contextmanager
 def logging_to(path, rank):
     """Send the root logger, which MXNet writes to, line by line to a file and to stderr; on a terminal, above the progress bar."""
     line = logging.Formatter(f'%(asctime)-15s Node[{rank}] %(message)s')
     try:
-        handlers = [logging.FileHandler(path), logging.StreamHandler()]
+        handlers = [LogFile(path), logging.StreamHandler()]
     except OSError as error:
         raise InputError(f'cannot write the log file {path}: {error.strerror}; see --log_dir and --log_file') from None
     logger = logging.getLogger()
@@ -146,6 +205,10 @@ def logging_to(path, rank):
     try:
         with logging_redirect_tqdm():
             yield
+    except Failure as failure:
+        logger.removeHandler(handlers[1])  # the script tells it on stderr when it ends
+        logging.error('%s', failure)
+        raise
     finally:
         logger.setLevel(level)
         for handler in handlers:
@@ -189,6 +252,7 @@ def starting_point(args, checkpoints, module, data_shape):
             if epoch >= args.num_epochs:
                 logging.warning('%s has all of the %d epochs already: raise --num-epochs to go on', checkpoints.prefix, args.num_epochs)
             module.initial_momentum = momentum
+            checkpoints.current = epoch
             return epoch, arg_params, aux_params
         logging.info('no checkpoint of %s to resume from: starting at the beginning', checkpoints.prefix)
     existing = checkpoints.epochs()
@@ -258,11 +322,27 @@ class Checkpoints:
     Parameters
     ----------
     prefix : str
-        Path that the names of all the files begin with. Its folder has to exist and to be writable for ``save``.
+        Path that the names of all the files begin with.
     """
 
     def __init__(self, prefix):
         self.prefix = prefix
+        self.current = None  # the newest epoch of the run that this process is at
+
+    def check_folder(self):
+        """Raise InputError where no checkpoint could be written."""
+        try:
+            with tempfile.TemporaryFile(dir=Path(self.prefix).parent):
+                pass
+        except OSError as error:
+            raise InputError(f'cannot write checkpoints to --save-model-prefix={self.prefix}: {error.strerror} ({Path(self.prefix).parent})') from None
+
+    def how_to_continue(self):
+        """What is left of a run that stops, as a phrase."""
+        if self.current is None:
+            return f'no epoch of {self.prefix} was finished, there is nothing to continue from'
+        command = shlex.join(['python', *sys.argv, *(['--resume'] if '--resume' not in sys.argv else [])])
+        return f'the last whole checkpoint is {self.params(self.current)}; continue with: {command}'
 
     def params(self, epoch):
         return Path(f'{self.prefix}-{epoch:04d}.params')
@@ -298,6 +378,7 @@ class Checkpoints:
                     self.states(old).unlink(missing_ok=True)
             for source, place in zip(beside, places):
                 os.replace(source, place)
+            self.current = epoch
         except (OSError, mx.MXNetError) as error:
             reason = getattr(error, 'strerror', None) or 'the disk is full or cannot be written'
             raise InputError(f'cannot write the checkpoint of epoch {epoch} to {self.params(epoch)}: {reason}; '

@@ -1,0 +1,268 @@
+"""The experiment: the network, the joint objective by hand, several devices, and the command line."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+import train
+import train_model
+from runtime import InputError, mx, run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+LABELS = ['softmax_label', 'center_label']
+
+
+def run(*options, cwd):
+    """``python train.py OPTIONS`` as a user types it, in a folder of the test's own."""
+    return subprocess.run([sys.executable, ROOT / 'train.py', *map(str, options)], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def digits(count):
+    """The first digits of the embedded sample: images (count, 1, 28, 28), as the network takes them, and labels (count,)."""
+    sample = data.load_digits('mnist-5k')
+    return sample.train_images[:count, None].astype('f') / 256, sample.train_labels[:count].astype('f')
+
+
+def module_for(network, batch_size, devices=1, seed=0):
+    mx.random.seed(seed)
+    module = train_model.Module(network, label_names=LABELS, context=[mx.cpu(i) for i in range(devices)])
+    module.bind([('data', (batch_size, 1, 28, 28))], [(name, (batch_size,)) for name in LABELS])
+    module.init_params(train_model.INITIALIZERS['xavier'])
+    return module
+
+
+def train_on(module, images, labels, **optimizer_options):
+    """One step on one batch. Returns the outputs."""
+    if not module.optimizer_initialized:
+        module.init_optimizer(kvstore='local' if len(module._context) > 1 else None,
+                              optimizer_params={'momentum': 0.9, 'wd': 5e-4, **optimizer_options})
+    label = mx.nd.array(labels)
+    module.forward_backward(mx.io.DataBatch([mx.nd.array(images)], [label, label]))
+    outputs = [output.asnumpy() for output in module.get_outputs()]
+    module.update()
+    return outputs
+
+
+def params_of(module):
+    arg_params, aux_params = module.get_params()
+    return {name: value.asnumpy() for name, value in {**arg_params, **aux_params}.items()}
+
+
+def test_the_network_is_the_lenet_of_the_paper_with_named_layers():
+    network = train.get_symbol()
+    shapes, outputs, centers = network.infer_shape(data=(7, 1, 28, 28))
+    assert dict(zip(network.list_arguments(), shapes)) == {
+        'data': (7, 1, 28, 28), 'conv1_weight': (20, 1, 5, 5), 'conv1_bias': (20,), 'conv2_weight': (50, 20, 5, 5), 'conv2_bias': (50,),
+        'fc1_weight': (500, 800), 'fc1_bias': (500,), 'embedding_weight': (2, 500), 'embedding_bias': (2,), 'fc2_weight': (10, 2), 'fc2_bias': (10,),
+        'softmax_label': (7,), 'center_label': (7,)}
+    assert dict(zip(network.list_outputs(), outputs)) == {'softmax_output': (7, 10), 'center_loss_output': (1,)}
+    assert dict(zip(network.list_auxiliary_states(), centers)) == {'center_loss_center_bias': (10, 2)}
+
+
+def test_without_biases_the_embedding_and_the_last_layer_have_none():
+    assert set(train.get_symbol().list_arguments()) - set(train.get_symbol(no_bias=True).list_arguments()) == {'embedding_bias', 'fc2_bias'}
+
+
+@pytest.mark.parametrize('batch_size', [20, 50])
+def test_one_step_of_the_joint_objective_equals_the_hand_computed_one(batch_size):
+    """lambda means lambda at any batch size: L = mean softmax loss + lambda * mean center loss, on real digits, in float64."""
+    weight, alpha, lr, decay = 0.3, 0.5, 0.1, 5e-4
+    network = train.get_symbol(center_loss_weight=weight, alpha=alpha)
+    module = module_for(network, batch_size)
+    images, labels = digits(batch_size)
+    centers = np.random.default_rng(0).normal(size=(10, 2)).astype('f')
+    module.set_params(module.get_params()[0], {'center_loss_center_bias': mx.nd.array(centers)})
+    before = {name: value.astype(np.float64) for name, value in params_of(module).items()}
+
+    features = mx.mod.Module(network.get_internals()['tanh3_output'], label_names=None)
+    features.bind([('data', images.shape)], for_training=False)
+    features.set_params(*module.get_params(), allow_extra=True)
+    features.forward(mx.io.DataBatch([mx.nd.array(images)]))
+    h = features.get_outputs()[0].asnumpy().astype(np.float64)  # (B, 500)
+
+    y = labels.astype(int)
+    x = h @ before['embedding_weight'].T + before['embedding_bias']
+    logits = x @ before['fc2_weight'].T + before['fc2_bias']
+    probability = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probability /= probability.sum(axis=1, keepdims=True)
+    to_logits = (probability - np.eye(10)[y]) / batch_size
+    to_x = to_logits @ before['fc2_weight'] + weight * (x - centers[y]) / batch_size
+    gradients = {'fc2_weight': to_logits.T @ x, 'fc2_bias': to_logits.sum(axis=0),
+                 'embedding_weight': to_x.T @ h, 'embedding_bias': to_x.sum(axis=0),
+                 'fc1_bias': (to_x @ before['embedding_weight'] * (1 - h ** 2)).sum(axis=0)}
+
+    outputs = train_on(module, images, labels, learning_rate=lr)
+    after = params_of(module)
+    np.testing.assert_allclose(outputs[0], probability, atol=1e-5)
+    np.testing.assert_allclose(outputs[1], [0.5 * ((x - centers[y]) ** 2).sum() / batch_size], rtol=1e-4)
+    for name, gradient in gradients.items():
+        step = lr * (gradient + (decay * before[name] if name.endswith('weight') else 0))
+        np.testing.assert_allclose(before[name] - after[name], step, rtol=1e-3, atol=1e-6, err_msg=name)
+    for j in range(10):
+        delta = (centers[j] - x[y == j]).sum(axis=0) / (1 + (y == j).sum())
+        np.testing.assert_allclose(after['center_loss_center_bias'][j], centers[j] - alpha * delta, rtol=1e-4, atol=1e-6)
+
+
+def test_lambda_zero_is_softmax_alone_with_centers_that_follow():
+    joint, alone = train.get_symbol(center_loss_weight=0), train.get_symbol()['softmax_output']
+    modules = [module_for(joint, 50), mx.mod.Module(alone, label_names=LABELS[:1])]
+    modules[1].bind([('data', (50, 1, 28, 28))], [('softmax_label', (50,))])
+    modules[1].init_params(arg_params=modules[0].get_params()[0])
+    images, labels = digits(150)
+    for first in (0, 50, 100):
+        part = slice(first, first + 50)
+        loss = train_on(modules[0], images[part], labels[part], learning_rate=0.05)[1]
+        if not modules[1].optimizer_initialized:
+            modules[1].init_optimizer(optimizer_params={'momentum': 0.9, 'wd': 5e-4, 'learning_rate': 0.05})
+        modules[1].forward_backward(mx.io.DataBatch([mx.nd.array(images[part])], [mx.nd.array(labels[part])]))
+        modules[1].update()
+    joint_params, alone_params = params_of(modules[0]), params_of(modules[1])
+    for name, value in alone_params.items():
+        np.testing.assert_array_equal(joint_params[name], value, err_msg=name)
+    assert loss[0] > 0
+    assert (np.abs(joint_params['center_loss_center_bias']).max(axis=1) > 0).all()
+
+
+@pytest.mark.parametrize('devices', [2, 4])
+def test_a_step_on_several_devices_equals_the_step_on_one(devices):
+    """From the same centers the weights agree to rounding: the gradient is that of the whole batch, with lambda at its value."""
+    network = train.get_symbol(center_loss_weight=1.0)
+    images, labels = digits(64)
+    one, many = module_for(network, 64), module_for(network, 64, devices)
+    outputs = [train_on(module, images, labels, learning_rate=0.1) for module in (one, many)]
+    np.testing.assert_allclose(outputs[1][0], outputs[0][0], atol=1e-5)
+    assert outputs[1][1].shape == (devices,)
+    assert outputs[1][1].mean() == pytest.approx(outputs[0][1][0], rel=1e-5)
+    expected, measured = params_of(one), params_of(many)
+    for name in expected:
+        if name != 'center_loss_center_bias':
+            np.testing.assert_allclose(measured[name], expected[name], atol=1e-5, err_msg=name)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """Two epochs by the command line on the embedded sample, and what they left."""
+    folder = tmp_path_factory.mktemp('trained')
+    result = run('--dataset', 'mnist-5k', '--num-epochs', 2, '--batch-size', 64, '--log-file', 'run.log', cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_a_run_leaves_what_it_says(trained):
+    folder, result = trained
+    assert {path.name for path in folder.iterdir()} == {
+        'run.log', 'center_loss-symbol.json', *(f'center_loss-000{epoch}.{kind}' for epoch in (1, 2) for kind in ('params', 'states'))}
+    network, arg_params, aux_params = mx.model.load_checkpoint(str(folder / 'center_loss'), 2)
+    assert network.tojson() == train.get_symbol().tojson()
+    assert aux_params['center_loss_center_bias'].shape == (10, 2)
+    assert {name: value.shape for name, value in arg_params.items()}['embedding_weight'] == (2, 500)
+    assert result.stdout == ''
+    assert '\r' not in result.stderr, 'a progress bar in a pipe'
+
+
+def test_the_log_is_in_mxnets_format_and_the_same_as_the_console(trained):
+    folder, result = trained
+    lines = (folder / 'run.log').read_text().splitlines()
+    assert lines == result.stderr.splitlines()
+    number = r'\d+\.\d+'
+    for epoch in (0, 1):
+        expected = [rf'Epoch\[{epoch}\] Batch \[0-50\]\tSpeed: {number} samples/sec\taccuracy={number}\tcenter_loss={number}',
+                    rf'Epoch\[{epoch}\] Train-accuracy={number}', rf'Epoch\[{epoch}\] Train-center_loss={number}', rf'Epoch\[{epoch}\] Time cost={number}',
+                    rf'Epoch\[{epoch}\] Validation-accuracy={number}', rf'Epoch\[{epoch}\] Validation-center_loss={number}']
+        found = [line for line in lines if f'Epoch[{epoch}]' in line]
+        assert len(found) == len(expected)
+        for line, pattern in zip(found, expected):
+            assert re.fullmatch(rf'\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} Node\[0\] {pattern}', line), line
+
+
+def test_the_logged_validation_is_that_of_every_held_out_digit(trained):
+    folder, _ = trained
+    sample = data.load_digits('mnist-5k')
+    network, arg_params, aux_params = mx.model.load_checkpoint(str(folder / 'center_loss'), 2)
+    module = mx.mod.Module(mx.sym.Group([network.get_internals()['softmax_output'], network.get_internals()['embedding_output']]),
+                           label_names=['softmax_label'])
+    module.bind([('data', (1000, 1, 28, 28))], for_training=False)
+    module.set_params(arg_params, aux_params, allow_extra=True)
+    module.forward(mx.io.DataBatch([mx.nd.array(sample.val_images[:, None] / 256)]))
+    probability, embedding = (output.asnumpy() for output in module.get_outputs())
+    accuracy = np.mean(probability.argmax(axis=1) == sample.val_labels)
+    to_center = embedding - aux_params['center_loss_center_bias'].asnumpy()[sample.val_labels]
+    log = (folder / 'run.log').read_text()
+    assert float(re.findall(r'Epoch\[1\] Validation-accuracy=(\S+)', log)[0]) == pytest.approx(accuracy, abs=1e-6)
+    assert float(re.findall(r'Epoch\[1\] Validation-center_loss=(\S+)', log)[0]) == pytest.approx(0.5 * (to_center ** 2).sum(axis=1).mean(), rel=1e-4)
+
+
+def test_two_cpu_contexts_learn_what_one_learns(trained, tmp_path):
+    result = run('--dataset', 'mnist-5k', '--num-epochs', 2, '--batch-size', 64, '--cpus', '0,1', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for name in ('Train-accuracy', 'Validation-accuracy', 'Validation-center_loss'):
+        one, two = (float(re.findall(rf'Epoch\[1\] {name}=(\S+)', log)[0]) for log in (trained[1].stderr, result.stderr))
+        assert two == pytest.approx(one, rel=0.2), name
+
+
+@pytest.mark.parametrize('options, said', [
+    (['--gpus=a'], "--gpus: 'a' is not a list of device numbers"),
+    (['--gpus=0,0'], "--gpus: '0,0' names a device twice"),
+    (['--gpus=-1'], "--gpus: '-1' is not a list"),
+    (['--gpus=0', '--cpus=0'], '--gpus and --cpus'),
+    (['--batch-size=0'], '--batch-size: 0 is out of range: it has to be at least 1'),
+    (['--batch-size=1e3'], "--batch-size: '1e3' is not a whole number"),
+    (['--batch-size=99', '--cpus=0,1'], '--batch-size=99 cannot be shared equally by 2 devices'),
+    (['--batch-size=4001'], '4001'),
+    (['--batch-size=999999999999999999999'], '999999999999999999999'),
+    (['--num-examples=0'], '--num-examples: 0 is out of range'),
+    (['--num-epochs=-3'], '--num-epochs: -3 is out of range'),
+    (['--lr=0'], '--lr: 0 is out of range: it has to be greater than 0'),
+    (['--lr=nan'], "--lr: 'nan' is not a finite number"),
+    (['--lr=fast'], "--lr: 'fast' is not a finite number"),
+    (['--lr-factor=1.5'], '--lr-factor: 1.5 is out of range: it has to be at most 1'),
+    (['--lr-factor-epoch=0'], '--lr-factor-epoch: 0 is out of range'),
+    (['--center-loss-weight=-0.1'], '--center-loss-weight: -0.1 is out of range'),
+    (['--alpha=2'], '--alpha: 2 is out of range: it has to be at most 1'),
+    (['--clip-gradient=0'], '--clip-gradient: 0 is out of range'),
+    (['--seed=-1'], '--seed: -1 is out of range'),
+    (['--seed=99999999999'], '--seed: 99999999999 is out of range'),
+    (['--initializer=zeros'], "--initializer: invalid choice: 'zeros'"),
+    (['--kv-store=dist_async'], "--kv-store: invalid choice: 'dist_async'"),
+    (['--dataset=cifar'], "--dataset: invalid choice: 'cifar'"),
+    (['--data-dir=nowhere'], 'nowhere'),
+    (['--load-epoch=1'], '--load-epoch needs --model-prefix'),
+    (['--model-prefix=x'], '--model-prefix needs --load-epoch'),
+    (['--model-prefix=x', '--load-epoch=3'], 'there is no x-0003.params; epochs of x that have a checkpoint: none'),
+    (['--save-model-prefix=no/where'], '--save-model-prefix=no/where'),
+    (['--log_dir=nowhere'], 'nowhere/log.txt'),
+    (['--log_file=.'], 'cannot write the log file'),
+    (['--batch', '100'], 'unrecognized arguments: --batch'),
+    (['digits'], 'unrecognized arguments: digits'),
+])
+def test_a_wrong_command_line_is_told_in_one_sentence_and_touches_nothing(options, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    log = [] if any('log' in option for option in options) else ['--log_dir', str(tmp_path.parent)]
+    dataset = [] if any('dataset' in option or 'data-dir' in option for option in options) else ['--dataset', 'mnist-5k']
+    monkeypatch.setattr(sys, 'argv', ['train.py', *dataset, *log, *options])
+    with pytest.raises(SystemExit) as leave:
+        run_script(train.main)
+    assert leave.value.code == 2
+    told = capsys.readouterr().err.splitlines()
+    assert said in told[-1] and told[-1].startswith('train.py: error: ')
+    assert not any('Traceback' in line for line in told)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(mx.runtime.Features().is_enabled('CUDA'), reason='this MXNet has CUDA')
+def test_a_gpu_on_a_build_without_cuda_is_told_in_one_sentence(tmp_path):
+    result = run('--gpus=0', cwd=tmp_path)
+    assert (result.returncode, result.stdout, list(tmp_path.iterdir())) == (2, '', [])
+    assert re.fullmatch(r'train\.py: error: --gpus=0: .*built for the CPU alone; install .*mxnet-cu112.*\n', result.stderr)
+
+
+def test_devices_are_the_gpus_else_the_cpu_contexts_else_the_first_cpu():
+    assert train_model.choose_devices([], []) == [mx.cpu(0)]
+    assert train_model.choose_devices([], [0, 2]) == [mx.cpu(0), mx.cpu(2)]
+    with pytest.raises(InputError):
+        train_model.choose_devices([99], [])
