@@ -213,7 +213,8 @@ def logging_to(path, rank):
         logger.setLevel(level)
         for handler in handlers:
             logger.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # a log that could not be written has been told
+                handler.close()
 
 
 def optimizer_options(args, batches_per_epoch, first_epoch):

@@ -41,7 +41,7 @@ def options(*line):
 def train_small(*line, network=None, **arguments):
     args = options(*line)
     loader = functools.partial(data.mnist_iterator, dataset='mnist-5k', seed=args.seed, num_examples=args.num_examples)
-    return fit(args, network or small_network(), loader, (1, 28, 28), **arguments)
+    return fit(args, small_network() if network is None else network, loader, (1, 28, 28), **arguments)
 
 
 def arrays_of(path):
