@@ -71,8 +71,8 @@ def test_without_biases_the_embedding_and_the_last_layer_have_none():
 @pytest.mark.parametrize('batch_size', [20, 50])
 def test_one_step_of_the_joint_objective_equals_the_hand_computed_one(batch_size):
     """lambda means lambda at any batch size: L = mean softmax loss + lambda * mean center loss, on real digits, in float64."""
-    weight, alpha, lr, decay = 0.3, 0.5, 0.1, 5e-4
-    network = train.get_symbol(center_loss_weight=weight, alpha=alpha)
+    weight, alpha, lr, mult, decay = 0.3, 0.5, 0.1, 0.4, 5e-4
+    network = train.get_symbol(center_loss_weight=weight, alpha=alpha, embedding_lr_mult=mult)
     module = module_for(network, batch_size)
     images, labels = digits(batch_size)
     centers = np.random.default_rng(0).normal(size=(10, 2)).astype('f')
@@ -101,7 +101,7 @@ def test_one_step_of_the_joint_objective_equals_the_hand_computed_one(batch_size
     np.testing.assert_allclose(outputs[0], probability, atol=1e-5)
     np.testing.assert_allclose(outputs[1], [0.5 * ((x - centers[y]) ** 2).sum() / batch_size], rtol=1e-4)
     for name, gradient in gradients.items():
-        step = lr * (gradient + (decay * before[name] if name.endswith('weight') else 0))
+        step = lr * (mult if name == 'embedding_weight' else 1) * (gradient + (decay * before[name] if name.endswith('weight') else 0))
         np.testing.assert_allclose(before[name] - after[name], step, rtol=1e-3, atol=1e-6, err_msg=name)
     for j in range(10):
         delta = (centers[j] - x[y == j]).sum(axis=0) / (1 + (y == j).sum())
@@ -224,6 +224,7 @@ def test_two_cpu_contexts_learn_what_one_learns(trained, tmp_path):
     (['--lr-factor-epoch=0'], '--lr-factor-epoch: 0 is out of range'),
     (['--center-loss-weight=-0.1'], '--center-loss-weight: -0.1 is out of range'),
     (['--alpha=2'], '--alpha: 2 is out of range: it has to be at most 1'),
+    (['--embedding-lr-mult=0'], '--embedding-lr-mult: 0 is out of range'),
     (['--clip-gradient=0'], '--clip-gradient: 0 is out of range'),
     (['--seed=-1'], '--seed: -1 is out of range'),
     (['--seed=99999999999'], '--seed: 99999999999 is out of range'),
