@@ -90,9 +90,13 @@ class CenterLoss(mx.operator.CustomOp):
         """Eq. 4 on the centers that occur in the batch: sorted by class, the samples of one class are a run that one sum covers."""
         order = classes.argsort(kind='stable')
         classes = classes[order]
-        first = np.flatnonzero(np.diff(classes, prepend=-1))  # where the run of each class begins
-        count = np.diff(first, append=len(classes))
-        step = np.add.reduceat(difference[order], first, axis=0)  # (classes in the batch, d)
+        bounds = np.concatenate(([0], np.flatnonzero(classes[1:] != classes[:-1]) + 1, [len(classes)]))
+        first, count = bounds[:-1], np.diff(bounds)  # where the run of each class begins, and how long it is
+        step = difference[order[first]]  # (classes in the batch, d)
+        repeated = count > 1
+        if repeated.any():  # with many classes most occur once, and have their sum already
+            members = order[np.repeat(repeated, count)]
+            step[repeated] = np.add.reduceat(difference[members], np.cumsum(count[repeated]) - count[repeated], axis=0)
         step *= (self.alpha / (1 + count)).astype(np.float32)[:, None]
         centers[classes[first]] += step
 
