@@ -1,45 +1,56 @@
-"""See what was learned: the embeddings of the digits, two models side by side, and the course of training.
+"""See what was learned: the embeddings of the digits, models side by side, and the course of training.
 
     python vis.py                                        the newest checkpoint of center_loss -> center_loss.png
     python vis.py --compare softmax                      softmax only on the left, softmax + center loss on the right
+    python vis.py --grid small large                     a panel for every run, each with its lambda -> grid.png
+    python vis.py --animate center_loss.gif              how the clusters form: a frame for every epoch
     python vis.py --curves log.txt                       accuracy and center loss over the epochs -> curves.png
 
-The pictures follow Figures 2 and 3 of Wen, Zhang, Li, Qiao: A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016.
-Under each panel stand, besides the accuracy,
+The pictures follow Figures 2 and 3 of Wen, Zhang, Li, Qiao: A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV
+2016. Under each panel stand, besides the accuracy,
 
-    intra   the mean distance of an embedding to the mean of its class (the spread of a cluster),
-    inter   the mean distance between the means of two classes,
+    intra   the mean over the images of the Euclidean distance of an embedding to the mean of its class (the spread of a cluster),
+    inter   the mean over the pairs of classes of the distance between their means,
     ratio   intra / inter: the smaller, the better the clusters are told apart.
+
+They are computed in all d dimensions of the embedding. Where d > 2, the picture shows its first two principal components.
 """
 
+import contextlib
 import itertools
+import math
 import os
 import re
+import subprocess
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+import matplotlib.animation
 import matplotlib.patheffects
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
+from PIL import Image
+from tqdm import tqdm
 
 import center_loss  # noqa: F401  (a checkpoint's network names the operator)
 import data
 from runtime import ArgumentParser, InputError, mx, number, run_script
 from train_model import Checkpoints
 
-BATCH_SIZE = 1000  # images embedded at once
 PALETTE = 'tab10'
+DPI = 110  # of a picture; a panel is 7.5 inches wide alone or as one of two, less in a grid
+FRAME_DPI = 80  # of an animation: with so many pixels, points and colours twenty epochs stay within some hundred kB
+FRAME_IMAGES = 2000
+FRAME_COLOURS = 128
+FRAMES_PER_SECOND = 3
 
+LOG_LINE = re.compile(r'^(?!.*Node\[[1-9]).*Epoch\[(\d+)\] (Train|Validation)-(accuracy|center_loss)=(nan|inf|\d+(?:\.\d+)?)$', re.M)
 
-class Embedded(NamedTuple):
-    """A model's view of some images: ``embeddings`` float32 (N, 2), ``predictions`` int (N,), ``labels`` uint8 (N,), and the model's ``name``."""
-
-    embeddings: np.ndarray
-    predictions: np.ndarray
-    labels: np.ndarray
-    name: str
+# Options that say nothing to a mode, and are refused there rather than ignored.
+NOT_WITH = {'grid': ['model_prefix'], 'animate': ['epoch', 'output'], 'curves': ['model_prefix', 'epoch', 'split', 'dataset', 'data_dir']}
 
 
 class ClusterStatistics(NamedTuple):
@@ -50,92 +61,254 @@ class ClusterStatistics(NamedTuple):
     ratio: float
 
 
-def embed(prefix, epoch, images, labels):
-    """Embed images with a checkpoint.
+class Plane(NamedTuple):
+    """A plane to look at embeddings in: ``origin`` (d,), ``axes`` (2, d), orthonormal, and the ``names`` of the two."""
+
+    origin: np.ndarray
+    axes: np.ndarray
+    names: tuple
+
+
+class Panel(NamedTuple):
+    """What one panel shows: ``embeddings`` float32 (N, d), ``labels`` uint8 (N,), the ``title`` above and the ``caption`` below it."""
+
+    embeddings: np.ndarray
+    labels: np.ndarray
+    title: str
+    caption: str
+
+
+def newest_epoch(prefix, option='--model-prefix'):
+    """The highest epoch that has a checkpoint. Raises InputError, which names the command line's ``option``, where there is none."""
+    epochs = Checkpoints(prefix).epochs()
+    if not epochs:
+        raise InputError(f'there is no checkpoint of {prefix}: run python train.py first, or name the run with {option}')
+    return epochs[-1]
+
+
+def load_network(prefix):
+    """The network of a run, as an ``mx.sym.Symbol``."""
+    path = Path(f'{prefix}-symbol.json')
+    try:
+        return mx.sym.load(str(path))
+    except (mx.MXNetError, ValueError, TypeError):
+        raise InputError(f'{path} is {"not the network of a checkpoint" if path.exists() else "missing"}: '
+                         'train again, or choose another prefix') from None
+
+
+def center_loss_weight(prefix):
+    """lambda of a run (the operator's ``scale``), or None for a network without a center loss."""
+    for attributes in load_network(prefix).attr_dict().values():
+        if attributes.get('op_type') == 'centerloss':
+            with contextlib.suppress(ValueError):
+                return float(attributes.get('scale', 1))
+    return None
+
+
+def embed(prefix, epoch, images, batch_size=1000):
+    """Embed images with a checkpoint, on the CPU.
 
     Parameters
     ----------
     prefix : str
         Prefix of the checkpoints.
-    epoch : int or None
-        Which of them, counted from 1; None for the newest.
+    epoch : int
+        Which of them, counted from 1.
     images : numpy.ndarray
         uint8 (N, 28, 28).
-    labels : numpy.ndarray
-        uint8 (N,), only handed on.
+    batch_size : int
+        Images embedded at once; the last batch is smaller where they do not fill it.
 
     Returns
     -------
-    Embedded
+    embeddings : numpy.ndarray
+        float32 (N, d).
+    predictions : numpy.ndarray
+        int (N,), the most probable class of each image.
 
     Raises
     ------
     InputError
-        Where there is no such checkpoint, or one of another network.
+        Where there is no such checkpoint, or one of another network, or one that embeds in a single dimension.
     """
-    checkpoints = Checkpoints(prefix)
-    epochs = checkpoints.epochs()
-    if not epochs:
-        raise InputError(f'there is no checkpoint {prefix}-0001.params or later: run python train.py first, or name the run with --model-prefix')
-    epoch = epoch or epochs[-1]
-    arg_params, aux_params = checkpoints.load_params(epoch)
+    arg_params, aux_params = Checkpoints(prefix).load_params(epoch)
+    layers = load_network(prefix).get_internals()
     try:
-        network = mx.sym.load(f'{prefix}-symbol.json')
-        layers = network.get_internals()
-        embedding, logits = layers['embedding_output'], layers['softmax_output'].get_children()[0]
-        module = mx.mod.Module(mx.sym.Group([embedding, logits]), label_names=None)
-        module.bind([('data', (min(BATCH_SIZE, len(images)), 1, *images.shape[1:]))], for_training=False)
+        # The most probable class has the largest logit. Without the softmax and the center loss no labels are needed.
+        outputs = mx.sym.Group([layers['embedding_output'], layers['softmax_output'].get_children()[0]])
+        module = mx.mod.Module(outputs, label_names=None)
+        module.bind([('data', (min(batch_size, len(images)), 1, *images.shape[1:]))], for_training=False)
         module.set_params(arg_params, aux_params, allow_extra=True)
     except (mx.MXNetError, RuntimeError, ValueError, TypeError):
-        raise InputError(f'{prefix}-symbol.json and {checkpoints.params(epoch)} are not a network of train.py and its parameters: '
-                         'train again, or choose another --model-prefix') from None
+        raise InputError(f'{prefix}-symbol.json and {Checkpoints(prefix).params(epoch)} are not a network of train.py and its parameters: '
+                         'train again, or choose another prefix') from None
     outputs = []
-    for first in range(0, len(images), BATCH_SIZE):
-        pixels = np.multiply(images[first:first + BATCH_SIZE, None], np.float32(1 / 256), dtype=np.float32)  # (B, 1, 28, 28)
+    for first in range(0, len(images), batch_size):
+        pixels = np.multiply(images[first:first + batch_size, None], np.float32(1 / 256), dtype=np.float32)  # (B, 1, 28, 28)
         module.forward(mx.io.DataBatch([mx.nd.array(pixels)]), is_train=False)
         outputs.append([output.asnumpy() for output in module.get_outputs()])
-    embeddings, scores = map(np.concatenate, zip(*outputs))
-    if embeddings.shape[1] != 2:
-        raise InputError(f'{prefix} embeds in {embeddings.shape[1]} dimensions, a picture has 2: choose another --model-prefix')
-    weight = float(network.attr_dict()['center_loss']['scale'])
-    name = f'softmax + center loss, λ = {weight:g}' if weight else 'softmax only'
-    return Embedded(embeddings, scores.argmax(axis=1), labels, f'{name} (epoch {epoch})')
+    embeddings, logits = map(np.concatenate, zip(*outputs))
+    if embeddings.shape[1] < 2:
+        raise InputError(f'{prefix} embeds in {embeddings.shape[1]} dimension, a picture needs 2 or more: choose another prefix')
+    if not np.isfinite(embeddings).all():
+        raise InputError(f'{Checkpoints(prefix).params(epoch)} embeds images as numbers that are not finite: choose an earlier --epoch')
+    return embeddings, logits.argmax(axis=1)
 
 
 def cluster_statistics(embeddings, labels):
-    """:class:`ClusterStatistics` of embeddings (N, d) with labels (N,)."""
+    """The :class:`ClusterStatistics` of embeddings (N, d) with labels (N,). nan where there is one class only, or all is one point."""
     classes, members = np.unique(labels, return_inverse=True)
     means = np.stack([embeddings[labels == label].mean(axis=0, dtype=np.float64) for label in classes])  # (K, d)
-    intra = np.linalg.norm(embeddings - means[members], axis=1).mean()
-    inter = np.mean([np.linalg.norm(a - b) for a, b in itertools.combinations(means, 2)])
-    return ClusterStatistics(intra, inter, intra / inter)
+    intra = float(np.linalg.norm(embeddings - means[members], axis=1).mean())
+    distances = [np.linalg.norm(one - other) for one, other in itertools.combinations(means, 2)]
+    inter = float(np.mean(distances)) if distances else math.nan
+    return ClusterStatistics(intra, inter, intra / inter if inter else math.nan)
 
 
-def plot_embeddings(ax, embedded, class_names):
-    """Draw the embeddings of one model into an axes, one colour per class, with the class's name at the median of its cluster."""
-    embeddings, predictions, labels, name = embedded
-    for label, colour in enumerate(seaborn.color_palette(PALETTE, len(class_names))):
-        of_class = embeddings[labels == label]
-        if not len(of_class):
-            continue
-        ax.scatter(*of_class.T, s=max(1.5, min(8, 20000 / len(labels))), color=colour, alpha=0.5, linewidths=0, rasterized=True, label=class_names[label])
-        ax.text(*np.median(of_class, axis=0), class_names[label], color=colour, fontsize=15, fontweight='bold', ha='center', va='center',
-                path_effects=[matplotlib.patheffects.withStroke(linewidth=4, foreground='white')])
+def viewing_plane(embeddings):
+    """The :class:`Plane` of the two dimensions of embeddings (N, 2), or of the first two principal components of embeddings (N, d)."""
+    dimensions = embeddings.shape[1]
+    if dimensions == 2:
+        return Plane(np.zeros(2), np.eye(2), ('activation of the 1st neuron', 'activation of the 2nd neuron'))
+    # The covariance has the axes of the centred embeddings, and is d x d instead of N x d.
+    _, variances, axes = np.linalg.svd(np.cov(embeddings, rowvar=False, bias=True))
+    axes = axes[:2]
+    axes *= np.sign(axes[range(2), abs(axes).argmax(axis=1)])[:, None]  # an axis and its opposite are as good: always take the same
+    shares = variances[:2] / max(variances.sum(), np.finfo(float).tiny)
+    names = (f'principal component {i} of {dimensions} dimensions ({share:.0%} of the variance)' for i, share in enumerate(shares, 1))
+    return Plane(embeddings.mean(axis=0, dtype=np.float64), axes, tuple(names))
+
+
+def make_panel(prefix, epoch, name, images, labels, source):
+    """Embed the images, tell the numbers on stdout, and return the :class:`Panel`. ``source`` says what the images are from."""
+    embeddings, predictions = embed(prefix, epoch, images)
     accuracy = np.mean(predictions == labels)
     statistics = cluster_statistics(embeddings, labels)
+    tqdm.write(f'{Checkpoints(prefix).params(epoch)}: {len(labels)} images of {source}, accuracy {accuracy:.2%}, '
+               'intra {:.3f}, inter {:.3f}, ratio {:.4f}'.format(*statistics))
+    caption = f'accuracy {accuracy:.2%}    ' + 'intra {:.3f}    inter {:.3f}    ratio {:.3f}'.format(*statistics)
+    return Panel(embeddings, labels, f'{name} (epoch {epoch}): {accuracy:.2%}', caption)
+
+
+def panel_names(prefixes, by_prefix):
+    """What to call the models in their titles: by what they were trained with, or by prefix and lambda."""
+    weights = [center_loss_weight(prefix) for prefix in prefixes]
+    objectives = ['softmax only' if weight == 0 else f'softmax + center loss, λ = {weight:g}' for weight in weights if weight is not None]
+    if not by_prefix and len(set(objectives)) == len(set(prefixes)):
+        return objectives
+    return [prefix if weight is None else f'{prefix}, λ = {weight:g}' for prefix, weight in zip(prefixes, weights)]
+
+
+def new_figure(rows, columns, width, height):
+    """A figure with so many panels, each of so many inches, in one style: (figure, axes (rows, columns))."""
+    seaborn.set_theme(style='whitegrid', rc={'grid.color': '0.93', 'axes.edgecolor': '0.8', 'text.color': '0.15', 'axes.labelcolor': '0.4',
+                                             'xtick.color': '0.4', 'ytick.color': '0.4', 'xtick.labelsize': 10, 'ytick.labelsize': 10,
+                                             'axes.labelsize': 10, 'axes.titlesize': 13, 'axes.titlepad': 10})
+
+    size = (width * columns, height * rows)
+    try:
+        figure = plt.figure(figsize=size, layout='constrained')
+    except Exception:  # whatever a window system says that is chosen (MPLBACKEND) and cannot be had: a picture needs none
+        plt.switch_backend('agg')
+        figure = plt.figure(figsize=size, layout='constrained')
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.03)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def plot_embeddings(ax, embeddings, labels, class_names, title, caption, plane=None):
+    """Draw embeddings into an axes: one colour per class, the class's name at the median of its cluster, equal axes.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+    embeddings : numpy.ndarray
+        float32 (N, d), d >= 2.
+    labels : numpy.ndarray
+        int (N,), positions in ``class_names``.
+    class_names : sequence of str
+    title, caption : str
+        What stands above and below.
+    plane : Plane, optional
+        The plane that they are seen in, by default that of :func:`viewing_plane`.
+    """
+    plane = plane or viewing_plane(embeddings)
+    points = (embeddings - plane.origin) @ plane.axes.T  # (N, 2)
+    outline = [matplotlib.patheffects.withStroke(linewidth=4, foreground='white')]
+    font_size = 15 if max(map(len, class_names)) <= 2 else 11
+    for label, colour in enumerate(seaborn.color_palette(PALETTE, len(class_names))):
+        cluster = points[labels == label]
+        if len(cluster):
+            ax.scatter(*cluster.T, s=np.clip(25000 / len(labels), 1.5, 10), color=colour, alpha=0.5, linewidths=0, rasterized=True,
+                       label=class_names[label])
+            ax.text(*np.median(cluster, axis=0), class_names[label], color=colour, fontsize=font_size, fontweight='bold',
+                    ha='center', va='center', path_effects=outline)
     ax.set_aspect('equal', adjustable='datalim')
-    ax.set_title(f'{name}: {accuracy:.2%}', fontsize=13, pad=10)
-    ax.set_xlabel(f'accuracy {accuracy:.2%}     intra {statistics.intra:.2f}     inter {statistics.inter:.2f}     ratio {statistics.ratio:.3f}',
-                  fontsize=11, labelpad=10)
+    ax.set_title(textwrap.fill(title, int(11.5 * ax.get_window_extent().width / ax.figure.dpi)))  # characters in an inch
+    ax.set_xlabel(plane.names[0])
+    ax.set_ylabel(plane.names[1])
+    ax.annotate(caption, (0.5, 0), (0, -8), xycoords=ax.xaxis.label, textcoords='offset points', ha='center', va='top', fontsize=11)
 
 
-def draw_embeddings(models, class_names):
-    """A figure with a panel for each :class:`Embedded`, from left to right."""
-    seaborn.set_theme(style='whitegrid', rc={'grid.color': '0.92', 'axes.edgecolor': '0.8', 'axes.labelcolor': '0.25'})
-    figure, axes = plt.subplots(1, len(models), figsize=(7.5 * len(models), 7.6), squeeze=False, layout='constrained')
-    for ax, embedded in zip(axes[0], models):
-        plot_embeddings(ax, embedded, class_names)
+def draw_embeddings(panels, class_names):
+    """A figure of the panels, row by row: up to three in one row, more of them nearly in a square."""
+    columns = len(panels) if len(panels) <= 3 else math.ceil(math.sqrt(len(panels)))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = new_figure(rows, columns, *((7.5, 7.9) if len(panels) <= 2 else (5.5, 6)))
+    for ax, panel in itertools.zip_longest(axes.flat, panels):
+        if panel is None:
+            ax.remove()
+        else:
+            plot_embeddings(ax, panel.embeddings, panel.labels, class_names, panel.title, panel.caption)
     return figure
+
+
+class GifWriter(matplotlib.animation.AbstractMovieWriter):
+    """Writes a GIF whose frames share one palette, without dithering: a fraction of the size, and nothing flickers."""
+
+    def setup(self, fig, outfile, dpi=None):
+        super().setup(fig, outfile, dpi)
+        self.frames = []
+
+    def grab_frame(self, **savefig_kwargs):
+        self.fig.canvas.draw()
+        self.frames.append(Image.fromarray(np.array(self.fig.canvas.buffer_rgba())).convert('RGB'))
+
+    def finish(self):
+        if not self.frames:  # interrupted before the first
+            return
+        palette = self.frames[-1].quantize(FRAME_COLOURS, Image.Quantize.MAXCOVERAGE)  # keeps the colour of every class
+        frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in self.frames]
+        duration = 1000 // self.fps  # ms
+        frames[0].save(self.outfile, save_all=True, append_images=frames[1:], loop=0,
+                       duration=[duration] * (len(frames) - 1) + [6 * duration])
+
+
+def animate(panels, class_names, path):
+    """Write the panels, all of the same images, as the frames of an animation: fixed axes, and the same sample of the images in all."""
+    labels = panels[-1].labels
+    shown = np.sort(np.random.default_rng(0).permutation(len(labels))[:FRAME_IMAGES])
+    plane = viewing_plane(panels[-1].embeddings)
+    points = np.concatenate([(panel.embeddings[shown] - plane.origin) @ plane.axes.T for panel in panels])
+    low, high = points.min(axis=0), points.max(axis=0)
+    limits = (low + high) / 2 + np.array([[-0.53], [0.53]]) * max(*(high - low), 1e-6)  # (2, 2): a square around all points of all frames
+    plt.switch_backend('agg')
+    figure, ((ax,),) = new_figure(1, 1, 6, 6.4)
+    figure.set_dpi(FRAME_DPI)
+
+    def draw(panel):
+        ax.clear()
+        plot_embeddings(ax, panel.embeddings[shown], labels[shown], class_names, panel.title, panel.caption, plane)
+        ax.set_aspect('equal', adjustable='box')
+        ax.set(xlim=limits[:, 0], ylim=limits[:, 1])
+
+    draw(panels[-1])
+    figure.canvas.draw()
+    figure.set_layout_engine('none')  # the panel stays where the last frame has it
+    writer = (GifWriter if path.suffix.lower() == '.gif' else matplotlib.animation.FFMpegWriter)(FRAMES_PER_SECOND)
+    with written_whole(path) as beside, writer.saving(figure, beside, FRAME_DPI):
+        for panel in tqdm(panels, 'rendering', unit='frame', leave=False, disable=None):
+            draw(panel)
+            writer.grab_frame()
 
 
 def read_log(path):
@@ -144,7 +317,8 @@ def read_log(path):
     Parameters
     ----------
     path : str
-        The log file. Of several runs one after another the last one counts: a line for an epoch that was there before begins anew from there.
+        The log file. Of several runs one after another the last one counts: when the number of the epoch falls back, what was there from
+        that epoch on is forgotten, so that a run that was resumed goes on where it was. Of several workers the first one counts.
 
     Returns
     -------
@@ -160,90 +334,135 @@ def read_log(path):
         text = Path(path).read_text(errors='replace')
     except OSError as error:
         raise InputError(f'--curves: {path} cannot be read: {error.strerror}') from None
-    curves = {}
-    for epoch, split, metric, value in re.findall(r'Epoch\[(\d+)\] (Train|Validation)-(accuracy|center_loss)=(\S+)', text):
-        epoch, curve = int(epoch) + 1, curves.get((split, metric), {})
-        curves[split, metric] = {**{before: kept for before, kept in curve.items() if before < epoch}, epoch: float(value)}
+    curves, newest = {}, 0
+    for line in LOG_LINE.finditer(text):
+        epoch, curve = int(line[1]) + 1, line.group(2, 3)
+        if epoch < newest or epoch in curves.get(curve, {}):
+            curves = {kept: {before: value for before, value in values.items() if before < epoch} for kept, values in curves.items()}
+        newest = epoch
+        curves.setdefault(curve, {})[epoch] = float(line[4])
     if not curves:
         raise InputError(f'--curves: {path} has no line such as Epoch[0] Validation-accuracy=0.9: it is not a log of train.py')
-    return curves
+    return {curve: values for curve, values in curves.items() if values}
 
 
 def draw_curves(paths):
     """A figure of accuracy and center loss over the epochs, each log in a colour, validation solid and training dashed."""
     logs = [read_log(path) for path in paths]
-    seaborn.set_theme(style='whitegrid', rc={'grid.color': '0.92', 'axes.edgecolor': '0.8'})
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout='constrained')
-    for ax, metric, title in zip(axes, ('accuracy', 'center_loss'), ('accuracy', 'center loss')):
-        for path, curves, colour in zip(paths, logs, itertools.cycle(seaborn.color_palette(PALETTE))):
-            for split, style in (('Train', '--'), ('Validation', '-')):
+    figure, (axes,) = new_figure(1, 2, 6.5, 5)
+    colours = seaborn.color_palette(PALETTE if len(logs) <= 10 else 'husl', len(logs))
+    for ax, metric in zip(axes, ('accuracy', 'center_loss')):
+        for path, curves, colour in zip(paths, logs, colours):
+            for split, style in (('Train', {'linestyle': '--', 'alpha': 0.7}), ('Validation', {'marker': 'o', 'markersize': 3.5})):
                 curve = curves.get((split, metric), {})
-                ax.plot(list(curve), list(curve.values()), style, color=colour, marker='.' if split == 'Validation' else None,
-                        label=f'{path}, {"training" if split == "Train" else "validation"}')
-        ax.set_title(title)
-        ax.set_xlabel('epoch')
-        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+                label = f'{path}, {"training" if split == "Train" else "validation"}'
+                ax.plot(list(curve), list(curve.values()), color=colour, label=label, **style)
+        ax.set(title=metric.replace('_', ' '), xlabel='epoch')
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes[0].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=None))
-    axes[0].legend(loc='lower right')
+    axes[1].set_yscale('log')  # the center loss of one run may be a hundred times that of another
+    axes[1].yaxis.set_major_formatter(matplotlib.ticker.LogFormatter())
+    axes[1].yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter())
+    axes[1].grid(which='minor')
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=min(len(logs), 3), frameon=False, fontsize=11)
+    for path, curves in zip(paths, logs):
+        last = [f'{split.lower()} {metric} {list(curve.values())[-1]:.4f}' for (split, metric), curve in curves.items()]
+        print(f'{path}: {max(map(max, curves.values()))} epochs, in the last one {", ".join(last)}')
     return figure
 
 
-def check_output(path):
-    """Raise InputError where no picture could be written."""
-    kinds = matplotlib.backend_bases.FigureCanvasBase.get_supported_filetypes()
+def check_output(path, option, kinds):
+    """Raise InputError where no picture of one of the kinds (ends of names) could be written."""
     if path.suffix[1:].lower() not in kinds:
-        raise InputError(f'--output={path}: pictures are written as {", ".join(sorted(kinds))}, told by the end of the name')
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f'--output={path} cannot be written: {"it is a folder" if path.is_dir() else f"no such folder, or no permission ({path.parent})"}')
+        raise InputError(f'{option}={path}: it can be written as {", ".join(sorted(kinds))}, told by the end of the name')
+    if path.is_dir():
+        raise InputError(f'{option}={path} cannot be written: it is a folder')
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f'{option}={path} cannot be written: no such folder, or no permission ({path.parent})')
 
 
-def save(figure, path):
-    """Write the figure beside its place and move it there when it is whole."""
+@contextlib.contextmanager
+def written_whole(path):
+    """A place beside ``path`` to write to. What was written is moved there when it is whole, and nothing is left of it otherwise."""
     beside = path.with_name(f'.{os.getpid()}.{path.name}')
     try:
-        figure.savefig(beside, dpi=110)
+        yield beside
         os.replace(beside, path)
-    except OSError as error:
-        raise InputError(f'--output={path} cannot be written: {error.strerror}') from None
+    except subprocess.CalledProcessError as error:
+        raise InputError(f'{path} cannot be written: ffmpeg ended with status {error.returncode}') from None
+    except (OSError, RuntimeError) as error:
+        raise InputError(f'{path} cannot be written: {getattr(error, "strerror", None) or error}') from None
     finally:
         beside.unlink(missing_ok=True)
     print(f'wrote {path}')
 
 
+def save(figure, path):
+    """Write the figure as a picture of the kind that the name says."""
+    with written_whole(path) as beside:
+        figure.savefig(beside, dpi=DPI)
+
+
 def parse_args(argv=None):
     """The command line (by default ``sys.argv``) as a namespace."""
-    parser = ArgumentParser(description='Draw the embeddings of a trained model (Wen et al., ECCV 2016, Figures 2 and 3).')
+    parser = ArgumentParser(description='Draw the embeddings of a trained model (Wen et al., ECCV 2016, Figures 2, 3). Under each panel: '
+                            'accuracy; intra, the mean distance of an embedding to the mean of its class; inter, the mean distance between '
+                            'the means of two classes; ratio = intra / inter, the smaller the better.')
     data.add_data_arguments(parser)
     parser.add_argument('--model-prefix', default='center_loss', metavar='P', help='the run whose embeddings are drawn')
-    parser.add_argument('--epoch', type=number(int, minimum=1), metavar='N', help='the checkpoint of that epoch instead of the newest')
-    parser.add_argument('--split', choices=['train', 'val'], default='val', help='the images that are embedded: all of the validation or of the training set')
-    parser.add_argument('--output', type=Path, metavar='FILE', help='the picture: center_loss.png, or curves.png for --curves')
-    extra = parser.add_mutually_exclusive_group()
-    extra.add_argument('--compare', metavar='P', help='draw the newest embeddings of this run (softmax only, say) on the left')
-    extra.add_argument('--curves', nargs='+', metavar='LOG', help='draw accuracy and center loss over the epochs from these logs instead')
+    parser.add_argument('--epoch', type=number(int, minimum=1), metavar='N',
+                        help='the checkpoint of that epoch instead of the newest; with --compare, of --model-prefix alone')
+    parser.add_argument('--split', choices=['train', 'val'], default='val', help='embed all of the training or of the validation images')
+    parser.add_argument('--output', type=Path, metavar='FILE',
+                        help='the picture (default: center_loss.png; grid.png for --grid, curves.png for --curves)')
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument('--compare', metavar='P', help='draw the newest embeddings of this run (softmax only, say) on the left')
+    modes.add_argument('--grid', nargs='+', metavar='P', help='draw a panel for each of these runs (of several lambda, say)')
+    modes.add_argument('--animate', type=Path, metavar='FILE',
+                       help='write an animation, a frame for each checkpoint: .gif, or .mp4 where there is ffmpeg')
+    modes.add_argument('--curves', nargs='+', metavar='LOG', help='draw accuracy and center loss over the epochs from these logs')
     args = parser.parse_args(argv)
-    args.output = args.output or Path('curves.png' if args.curves else 'center_loss.png')
+    for mode, options in NOT_WITH.items():
+        for option in options:
+            if getattr(args, mode) and getattr(args, option) != parser.get_default(option):
+                parser.error(f'--{option.replace("_", "-")} has no meaning with --{mode}: leave it out')
+    args.output = args.output or Path('grid.png' if args.grid else 'curves.png' if args.curves else 'center_loss.png')
     return args
+
+
+def choose_runs(args):
+    """The pairs (prefix, epoch) of the panels or frames, in order."""
+    if args.grid:
+        newest = [newest_epoch(prefix, '--grid') for prefix in args.grid]
+        return [(prefix, args.epoch or epoch) for prefix, epoch in zip(args.grid, newest)]
+    newest = newest_epoch(args.model_prefix)
+    if args.animate:
+        return [(args.model_prefix, epoch) for epoch in Checkpoints(args.model_prefix).epochs()]
+    compared = [(args.compare, newest_epoch(args.compare, '--compare'))] if args.compare is not None else []
+    return [*compared, (args.model_prefix, args.epoch or newest)]
 
 
 def main():
     args = parse_args()
-    check_output(args.output)
+    if args.animate:
+        if args.animate.suffix.lower() == '.mp4' and not matplotlib.animation.FFMpegWriter.isAvailable():
+            raise InputError(f'--animate={args.animate}: an .mp4 needs the program ffmpeg, which is not there: install it, or write a .gif')
+        check_output(args.animate, '--animate', ['gif', 'mp4'])
+    else:
+        check_output(args.output, '--output', matplotlib.backend_bases.FigureCanvasBase.get_supported_filetypes())
     if args.curves:
         figure = draw_curves(args.curves)
     else:
-        runs = [(args.compare, None)] * bool(args.compare) + [(args.model_prefix, args.epoch)]
-        for prefix, _ in runs:  # before the digits are searched for
-            if not Checkpoints(prefix).epochs():
-                raise InputError(f'there is no checkpoint of {prefix}: run python train.py first, or name the run with '
-                                 f'{"--compare" if prefix == args.compare else "--model-prefix"}')
+        runs = choose_runs(args)  # before the digits are searched for: the first thing to go wrong is a run that is not there
+        names = panel_names([prefix for prefix, _ in runs], by_prefix=bool(args.grid))
         digits = data.load_digits(args.dataset, args.data_dir)
         images, labels = (digits.train_images, digits.train_labels) if args.split == 'train' else (digits.val_images, digits.val_labels)
-        models = [embed(prefix, epoch, images, labels) for prefix, epoch in runs]
-        for embedded in models:
-            print(f'{embedded.name}: {len(labels)} images of {digits.dataset}, accuracy {np.mean(embedded.predictions == labels):.2%}, '
-                  'intra {:.3f}, inter {:.3f}, ratio {:.4f}'.format(*cluster_statistics(embedded.embeddings, labels)))
-        figure = draw_embeddings(models, digits.class_names)
+        bar = tqdm(list(zip(runs, names)), 'embedding', unit='checkpoint', leave=False, disable=None if args.animate else True)
+        panels = [make_panel(*run, name, images, labels, f'{digits.dataset} ({args.split})') for run, name in bar]
+        if args.animate:
+            animate(panels, digits.class_names, args.animate)
+            return
+        figure = draw_embeddings(panels, digits.class_names)
     save(figure, args.output)
     if figure.canvas.required_interactive_framework:
         plt.show()
