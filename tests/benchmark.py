@@ -1,0 +1,382 @@
+"""How fast it is: ratios of things that run side by side, and where the time goes.
+
+    python tests/benchmark.py                                  the table, on the embedded digits
+    python tests/benchmark.py --data-dir DIR --json FILE       on all of MNIST, and for machines
+    python tests/benchmark.py --only operator start-up         some parts
+
+The two sides of every comparison take turns, and medians are compared: such ratios hold on a noisy machine, where seconds do not. PyTorch is compared
+where it is installed (``pip install torch``).
+"""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import center_loss  # noqa: E402
+import data  # noqa: E402
+import train  # noqa: E402
+from runtime import ArgumentParser, available_cpus, mx, run_script  # noqa: E402
+from train_model import INITIALIZERS, metrics  # noqa: E402
+
+ROUNDS = 7
+OPTIMIZER = {'learning_rate': 0.01, 'momentum': 0.9, 'wd': 5e-4}
+
+
+class PerSampleLoop(mx.operator.CustomOp):
+    """Center loss as it is usually written: one NDArray operation after the other for every sample. Here for comparison only."""
+
+    def __init__(self, alpha):
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, is_train, req, in_data, out_data, aux):
+        labels = in_data[1].asnumpy().astype(int)
+        loss = 0
+        for i, label in enumerate(labels):
+            difference = in_data[0][i] - aux[0][label]
+            loss = loss + mx.nd.sum(difference * difference)
+        self.assign(out_data[0], req[0], (loss / 2 / len(labels)).reshape((1,)))
+
+    def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
+        labels = in_data[1].asnumpy().astype(int)
+        steps = {}
+        for i, label in enumerate(labels):
+            difference = in_data[0][i] - aux[0][label]
+            in_grad[0][i] = difference
+            step, count = steps.get(label, (0, 0))
+            steps[label] = step + difference, count + 1
+        for label, (step, count) in steps.items():
+            aux[0][label] += self.alpha * step / (1 + count)
+
+
+@mx.operator.register('centerloss_loop')
+class PerSampleLoopProp(center_loss.CenterLossProp):
+    def create_operator(self, ctx, in_shapes, in_dtypes):
+        return PerSampleLoop(self.alpha)
+
+
+@mx.operator.register('centerloss_nd')
+class CenterLossNDProp(center_loss.CenterLossProp):
+    def create_operator(self, ctx, in_shapes, in_dtypes):
+        return center_loss.CenterLoss(self.num_class, self.alpha, self.scale, self.normalization, on_cpu=False)
+
+
+class Table:
+    """Rows of (number of the target, what, measured, unit, goal, whether it is met)."""
+
+    def __init__(self):
+        self.rows = []
+
+    def add(self, target, what, measured, unit='', at_least=None, at_most=None):
+        goal = f'>= {at_least}' if at_least is not None else f'<= {at_most}' if at_most is not None else ''
+        met = None if not goal or measured is None else measured >= at_least if at_least is not None else measured <= at_most
+        self.rows.append({'target': target, 'what': what, 'measured': measured, 'unit': unit, 'goal': goal, 'met': met})
+
+    def __str__(self):
+        lines = [f'{"":3} {"what":74} {"measured":>12} {"":9} {"goal":>9}']
+        for row in self.rows:
+            measured = '-' if row['measured'] is None else f'{row["measured"]:,.3f}' if abs(row['measured']) < 100 else f'{row["measured"]:,.0f}'
+            met = {True: 'met', False: 'NOT MET', None: ''}[row['met']]
+            lines.append(f'{row["target"]:<3} {row["what"]:74} {measured:>12} {row["unit"]:9} {row["goal"]:>9} {met}')
+        return '\n'.join(lines)
+
+
+def take_turns(*sides, rounds=ROUNDS):
+    """Median seconds of each side; the sides take turns, after one round that does not count."""
+    seconds = [[] for _ in sides]
+    for turn in range(rounds + 1):
+        for side, measured in zip(sides, seconds):
+            begin = time.perf_counter()
+            side()
+            mx.nd.waitall()
+            if turn:
+                measured.append(time.perf_counter() - begin)
+    return [statistics.median(measured) for measured in seconds]
+
+
+def module_of(network, batch_size, labels=('softmax_label', 'center_label')):
+    module = mx.mod.Module(network, label_names=list(labels))
+    module.bind([('data', (batch_size, 1, 28, 28))], [(name, (batch_size,)) for name in labels])
+    module.init_params(INITIALIZERS['xavier'])
+    module.init_optimizer(kvstore=None, optimizer_params=OPTIMIZER)
+    return module
+
+
+def networks():
+    """The joint objective, the same with the per-sample loop, and softmax only."""
+    joint = train.get_symbol()
+    loop = mx.sym.load_json(joint.tojson().replace('"centerloss"', '"centerloss_loop"'))
+    return joint, loop, joint['softmax_output']
+
+
+def epoch(module, batches, metric, with_center_label=True):
+    """One epoch as Module.fit makes it: the next batch is prepared while the device works."""
+    batches.reset()
+    for batch in batches:
+        if not with_center_label:
+            batch.label = batch.label[:1]
+            batch.provide_label = batch.provide_label[:1]
+        module.forward_backward(batch)
+        module.update()
+        module.update_metric(metric, batch.label)
+
+
+def measure_throughput(table, args):
+    """Target 1: the joint objective over softmax only."""
+    joint, _, softmax = networks()
+    for batch_size in (32, 128, 512):
+        batches, _ = data.mnist_iterator(batch_size, dataset='mnist-5k')
+        modules = module_of(joint, batch_size), module_of(softmax, batch_size, ['softmax_label'])
+        seconds = take_turns(lambda: epoch(modules[0], batches, metrics()),
+                             lambda: epoch(modules[1], batches, center_loss.Accuracy(), with_center_label=False))
+        table.add(1, f'training, joint objective over softmax only, batch {batch_size}', seconds[1] / seconds[0], 'x', at_least=0.98)
+        if batch_size == 128:
+            table.add('', 'training, joint objective, batch 128', batches.num_batches * batch_size / seconds[0], 'images/s')
+
+
+def operator_step(form, batch, dim, classes):
+    """A function that runs forward and backward of one form of the operator, on arrays that are there."""
+    rng = np.random.default_rng(0)
+    executor = mx.sym.Custom(data=mx.sym.var('data'), label=mx.sym.var('label'), op_type=form, name='loss', num_class=classes).simple_bind(
+        mx.cpu(), data=(batch, dim))
+    executor.arg_dict['data'][:] = rng.normal(size=(batch, dim))
+    executor.arg_dict['label'][:] = rng.integers(0, classes, batch)
+
+    def step():
+        executor.forward(is_train=True)
+        executor.backward()
+        executor.grad_dict['data'].wait_to_read()
+    return step
+
+
+def repeated(step, times):
+    def many():
+        for _ in range(times):
+            step()
+    return many
+
+
+def measure_operator(table, args):
+    """Targets 2 and 4: the operator by itself."""
+    ours, nd, loop = (operator_step(form, 128, 2, 10) for form in ('centerloss', 'centerloss_nd', 'centerloss_loop'))
+    seconds = take_turns(repeated(ours, 100), repeated(nd, 20), repeated(loop, 2))
+    seconds = [seconds[0] / 100, seconds[1] / 20, seconds[2] / 2]
+    table.add(2, 'operator, per-sample loop over ours, (B 128, d 2, K 10)', seconds[2] / seconds[0], 'x', at_least=40)
+    table.add('', 'operator, the mx.nd form on the CPU over the one on memory, (128, 2, 10)', seconds[1] / seconds[0], 'x')
+    table.add(4, 'operator, forward + backward, (128, 2, 10)', 1e3 * seconds[0], 'ms', at_most=0.5)
+    table.add(4, 'operator, forward + backward, (256, 128, 1,000)',
+              1e3 * take_turns(repeated(operator_step('centerloss', 256, 128, 1000), 50))[0] / 50, 'ms', at_most=0.5)
+    small, large = (operator_step('centerloss', 256, 512, classes) for classes in (1000, 1_000_000))
+    seconds = [second / 50 for second in take_turns(repeated(small, 50), repeated(large, 50))]
+    table.add(4, 'operator, forward + backward, (256, 512, 1,000,000)', 1e3 * seconds[1], 'ms', at_most=3)
+    table.add(4, 'operator, K = 1,000,000 over K = 1,000 at (256, 512, K)', seconds[1] / seconds[0], 'x', at_most=1.5)
+    for classes in (1000, 1_000_000):
+        added = subprocess.run([sys.executable, __file__, '--memory-of-operator', str(classes)], capture_output=True, text=True, check=True).stdout
+        table.add(4, f'operator, memory added by 20 steps at (256, 512, {classes:,}), centers aside', float(added), 'MB', at_most=8)
+
+
+def memory_of_operator(classes):
+    """MB of resident memory that steps of the operator add to what its arrays take."""
+    step = operator_step('centerloss', 256, 512, classes)
+    step_of_another_size = operator_step('centerloss', 8, 512, classes)  # the engine's threads and buffers
+    centers_touched = 256 * 512 * 4 / 1e6
+    step_of_another_size()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    repeated(step, 20)()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3 - centers_touched)
+
+
+def measure_loop(table, args):
+    """Target 2: training with the per-sample loop."""
+    joint, loop, _ = networks()
+    batches, _ = data.mnist_iterator(128, dataset='mnist-5k', num_examples=1280)
+    modules = [module_of(network, 128) for network in (joint, loop)]
+    seconds = take_turns(*(lambda module=module: epoch(module, batches, metrics()) for module in modules), rounds=3)
+    table.add(2, 'training, ours over the per-sample loop, batch 128', seconds[1] / seconds[0], 'x', at_least=4)
+
+
+def measure_torch(table, args):
+    """Target 3: the same in PyTorch. Each side has a process of its own, and they take turns: neither has threads that wait in the other's way."""
+    what = 'training with data and metrics, ours over PyTorch, batch 128'
+    if subprocess.run([sys.executable, '-c', 'import torch'], capture_output=True).returncode:
+        table.add(3, f'{what}: torch is not installed', None, 'x', at_least=1.25)
+        return
+    rates = {'ours': [], 'torch': []}
+    commands = {'ours': [sys.executable, __file__, '--epochs-of-training'],
+                'torch': [sys.executable, str(ROOT / 'tests' / 'benchmark_torch.py'), os.environ['OMP_NUM_THREADS']]}
+    environment = {name: value for name, value in os.environ.items() if name != 'OMP_WAIT_POLICY'}
+    for _ in range(4):
+        for side, command in commands.items():
+            result = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ if side == 'ours' else environment)
+            rates[side].append(float(result.stdout))
+    table.add(3, what, statistics.median(rates['ours']) / statistics.median(rates['torch']), 'x', at_least=1.25)
+    table.add('', 'training with data and metrics, PyTorch, batch 128', statistics.median(rates['torch']), 'images/s')
+
+
+def epochs_of_training():
+    """Images per second of training on the embedded digits, the first epoch aside."""
+    batches, _ = data.mnist_iterator(128, dataset='mnist-5k')
+    module = module_of(train.get_symbol(), 128)
+    second, = take_turns(lambda: epoch(module, batches, metrics()), rounds=5)
+    print(batches.num_batches * 128 / second)
+
+
+@contextlib.contextmanager
+def trained(epochs, *options):
+    """A folder in which train.py has run."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, ROOT / 'train.py', '--batch-size=128', f'--num-epochs={epochs}', *options], cwd=folder, check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        yield Path(folder)
+
+
+def data_options(args):
+    return ['--data-dir', str(Path(args.data_dir).resolve())] if args.data_dir else ['--dataset', 'mnist-5k']
+
+
+def measure_overhead(table, args):
+    """Target 5: train.py, with everything it does, over a bare loop that does the same computations on arrays in memory."""
+    digits = data.load_digits('auto' if args.data_dir else 'mnist-5k', args.data_dir)
+    steps, forwards = len(digits.train_images) // 128, len(digits.val_images) // 128
+    module = module_of(train.get_symbol(), 128)
+    label = mx.nd.array(digits.train_labels[:128])
+    batch = mx.io.DataBatch([mx.nd.array(digits.train_images[:128, None] / 256)], [label, label])
+
+    def bare_epoch():
+        for _ in range(steps):
+            module.forward_backward(batch)
+            module.update()
+        for _ in range(forwards):
+            module.forward(batch, is_train=False)
+
+    epochs, ratios, rates = (3 if args.data_dir else 12), [], []
+    for _ in range(3):
+        with trained(epochs, *data_options(args)) as folder:
+            ends = re.findall(r'^(\S+ \S+) Node\[0\] Epoch\[\d+\] Validation-center_loss', (folder / 'log.txt').read_text(), re.MULTILINE)
+        begin, *_, end = (datetime.strptime(time, '%Y-%m-%d %H:%M:%S,%f') for time in ends)
+        second = (end - begin).total_seconds() / (epochs - 1)
+        ratios.append(take_turns(bare_epoch, rounds=2 if args.data_dir else 5)[0] / second)
+        rates.append(steps * 128 / second)
+    table.add(5, 'train.py over a bare loop of the same forwards, backwards and updates', statistics.median(ratios), 'x', at_least=0.95)
+    table.add('', 'train.py, training images with validation, log and checkpoints', statistics.median(rates), 'images/s')
+
+
+def flops_per_image():
+    """Floating-point operations of a training step per image: two a multiplication and addition; the backward pass has two products for the forward's
+    one, but the first layer needs no gradient of the image."""
+    network = train.get_symbol()
+    layers = network.get_internals()
+    _, outputs, _ = layers.infer_shape(data=(1, 1, 28, 28))
+    shapes = dict(zip(layers.list_outputs(), outputs))
+    products = {name.removesuffix('_weight'): int(np.prod(shapes[name]) * np.prod(shapes[f'{name.removesuffix("_weight")}_output'][2:]))
+                for name in network.list_arguments() if name.endswith('_weight')}
+    return 2 * sum((2 if name == 'conv1' else 3) * count for name, count in products.items())
+
+
+def measure_flops(table, args):
+    """Target 6: the arithmetic achieved, as a share of what a product of large matrices achieves."""
+    size = 2048
+    a, b = mx.nd.ones((size, size)), mx.nd.ones((size, size))
+    module = module_of(train.get_symbol(), 128)
+    label = mx.nd.zeros(128)
+    batch = mx.io.DataBatch([mx.nd.zeros((128, 1, 28, 28))], [label, label])
+
+    def steps():
+        for _ in range(30):
+            module.forward_backward(batch)
+            module.update()
+
+    product, step = take_turns(lambda: mx.nd.dot(a, b), steps)
+    table.add('', 'operations of a training step per image', flops_per_image() / 1e6, 'Mflop')
+    table.add('', f'product of two matrices of {size} x {size}', 2 * size ** 3 / product / 1e9, 'Gflop/s')
+    table.add(6, 'training step over the product of matrices, share of its rate', flops_per_image() * 128 * 30 / step / (2 * size ** 3 / product), 'x')
+    mx.profiler.set_config(profile_symbolic=True, profile_imperative=True, aggregate_stats=True, filename=os.devnull)
+    mx.profiler.set_state('run')
+    steps()
+    mx.nd.waitall()
+    mx.profiler.set_state('stop')
+    spent = {name: float(total) / 30 for name, total in re.findall(r'^(\S+) +\d+ +([\d.]+) ', mx.profiler.dumps(reset=True), re.MULTILINE)
+             if 'Memory' not in name}
+    for name, milliseconds in sorted(spent.items(), key=lambda item: -item[1])[:12]:
+        table.add('', f'    of a step of batch 128: {name}', milliseconds, 'ms')
+
+
+def measure_start_up(table, args):
+    """Target 7: from the command to the first batch, and the memory by then."""
+    program = (f'import sys, time, resource; sys.path.insert(0, {str(ROOT)!r})\n'
+               'from runtime import mx\n'
+               'bare = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
+               'import train, train_model, os\n'
+               'def first(self, batch):\n'
+               '    print(time.time(), bare, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)\n'
+               '    os._exit(0)\n'
+               'train_model.Module.forward_backward = first\n'
+               'train.main()\n')
+    sets = [('the embedded digits', ['--dataset', 'mnist-5k'], 3)] + ([('all of MNIST', data_options(args), 5)] if args.data_dir else [])
+    for name, options, limit in sets:
+        seconds, added = [], []
+        for _ in range(4):
+            with tempfile.TemporaryDirectory() as folder:
+                begin = time.time()
+                result = subprocess.run([sys.executable, '-c', program, '--batch-size=128', *options], cwd=folder, capture_output=True, text=True, check=True)
+            now, bare, used = map(float, result.stdout.split())
+            seconds.append(now - begin)
+            added.append((used - bare) / 1e3)
+        table.add(7, f'from the command to the first batch, {name}', statistics.median(seconds), 's', at_most=limit)
+        table.add(7, f'memory above the bare import at the first batch, {name}', statistics.median(added), 'MB', at_most=500)
+
+
+def measure_vis(table, args):
+    """Target 8: embedding and drawing every image there is."""
+    with trained(1, *data_options(args)) as folder:
+        begin = time.perf_counter()
+        told = [subprocess.run([sys.executable, ROOT / 'vis.py', '--split', split, *data_options(args)], cwd=folder, check=True,
+                               capture_output=True, text=True).stdout for split in ('train', 'val')]
+        seconds = time.perf_counter() - begin
+    images = sum(int(re.search(r': (\d+) images of ', text)[1]) for text in told)
+    table.add(8, f'vis.py, both splits, {images:,} images', seconds, 's', at_most=25)
+
+
+PARTS = {'throughput': measure_throughput, 'operator': measure_operator, 'loop': measure_loop, 'torch': measure_torch, 'overhead': measure_overhead,
+         'flops': measure_flops, 'start-up': measure_start_up, 'vis': measure_vis}
+
+
+def main():
+    parser = ArgumentParser(description='How fast it is, as ratios of things that run side by side.')
+    parser.add_argument('--data-dir', metavar='DIR', help='folder of the IDX files for the parts that train.py runs in; the embedded digits without it')
+    parser.add_argument('--only', nargs='+', choices=list(PARTS), default=list(PARTS), metavar='PART', help='these parts')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the table for machines, too')
+    parts = parser.add_argument_group('what the parts run in processes of their own')
+    parts.add_argument('--memory-of-operator', type=int, metavar='K', help='print the memory that the operator adds with K classes')
+    parts.add_argument('--epochs-of-training', action='store_true', help='print the images per second of training')
+    args = parser.parse_args()
+    if args.memory_of_operator:
+        return memory_of_operator(args.memory_of_operator)
+    if args.epochs_of_training:
+        return epochs_of_training()
+    table = Table()
+    for name in tqdm(args.only, desc='parts', disable=None):
+        PARTS[name](table, args)
+    print(f'{available_cpus()} cores, {os.environ["OMP_NUM_THREADS"]} threads, MXNet {mx.__version__}')
+    print(table)
+    if args.json:
+        args.json.write_text(json.dumps({'cores': available_cpus(), 'threads': int(os.environ['OMP_NUM_THREADS']), 'rows': table.rows}, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    run_script(main)
