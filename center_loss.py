@@ -56,9 +56,10 @@ class CenterLoss(mx.operator.CustomOp):
         """Write the mean center loss of the batch, shape (1,). The centers stay where they are."""
         data, label = in_data
         if self.on_cpu:
-            difference = self._difference_in_memory(data, label, aux[0])[0].ravel()
-            loss = np.dot(difference, difference) / (2 * len(label))
-            _write(_memory(out_data[0]), req[0], loss)
+            classes = self._classes(_memory(label))
+            difference = _memory(data) - _memory(aux[0])[classes]
+            # np.dot would be shared among threads of its own, which get in the way of MXNet's.
+            _write(_memory(out_data[0]), req[0], np.square(difference).sum() / (2 * len(classes)))
         else:
             self._classes(label.asnumpy())
             difference = data - mx.nd.take(aux[0], label)
@@ -69,7 +70,8 @@ class CenterLoss(mx.operator.CustomOp):
         data, label = in_data
         factor = self.scale / len(label) if self.normalization == 'batch' else self.scale
         if self.on_cpu:
-            difference, classes, centers = self._difference_in_memory(data, label, aux[0])
+            classes, centers = _memory(label).astype(np.int64), _memory(aux[0])  # forward has checked the labels
+            difference = _memory(data) - centers[classes]
             if req[0] != 'null':
                 _write(_memory(in_grad[0]), req[0], factor * difference)
             _write(_memory(in_grad[1]), req[1], 0)
@@ -80,24 +82,20 @@ class CenterLoss(mx.operator.CustomOp):
             self.assign(in_grad[1], req[1], mx.nd.zeros_like(label))
             self._move_centers(difference, label, aux[0])
 
-    def _difference_in_memory(self, data, label, centers):
-        """x_i - c_{y_i}, shape (B, d), with the classes, int (B,), and the centers' memory, (K, d)."""
-        classes = self._classes(_memory(label))
-        centers = _memory(centers)
-        return _memory(data) - centers[classes], classes, centers
-
     def _move_centers_in_memory(self, difference, classes, centers):
         """Eq. 4 on the centers that occur in the batch: sorted by class, the samples of one class are a run that one sum covers."""
         order = classes.argsort(kind='stable')
         classes = classes[order]
-        bounds = np.concatenate(([0], np.flatnonzero(classes[1:] != classes[:-1]) + 1, [len(classes)]))
-        first, count = bounds[:-1], np.diff(bounds)  # where the run of each class begins, and how long it is
+        begins = np.ones(len(classes) + 1, bool)  # where the run of a class begins, and the end of the last
+        np.not_equal(classes[1:], classes[:-1], out=begins[1:-1])
+        bounds = begins.nonzero()[0]
+        first, count = bounds[:-1], bounds[1:] - bounds[:-1]
         step = difference[order[first]]  # (classes in the batch, d)
         repeated = count > 1
         if repeated.any():  # with many classes most occur once, and have their sum already
-            members = order[np.repeat(repeated, count)]
-            step[repeated] = np.add.reduceat(difference[members], np.cumsum(count[repeated]) - count[repeated], axis=0)
-        step *= (self.alpha / (1 + count)).astype(np.float32)[:, None]
+            members, size = order[repeated.repeat(count)], count[repeated]
+            step[repeated] = np.add.reduceat(difference[members], size.cumsum() - size, axis=0)
+        step *= np.divide(self.alpha, 1 + count, dtype=np.float32)[:, None]
         centers[classes[first]] += step
 
     def _move_centers(self, difference, label, centers):
@@ -120,12 +118,18 @@ class CenterLoss(mx.operator.CustomOp):
         return classes
 
 
+class _Lent:
+    """Memory that NumPy can look at: ``__array_interface__`` is its protocol for that."""
+
+    def __init__(self, address, shape):
+        self.__array_interface__ = {'version': 3, 'typestr': '<f4', 'data': (address, False), 'shape': shape}
+
+
 def _memory(array):
     """The memory of a float32 NDArray on the CPU as a NumPy array of the same shape. Valid while the engine lends the NDArray."""
     pointer = ctypes.c_void_p()
     mx.base.check_call(mx.base._LIB.MXNDArrayGetData(array.handle, ctypes.byref(pointer)))
-    shape = array.shape
-    return np.frombuffer((ctypes.c_float * int(np.prod(shape))).from_address(pointer.value), np.float32).reshape(shape)
+    return np.asarray(_Lent(pointer.value, array.shape))
 
 
 def _write(target, req, value):

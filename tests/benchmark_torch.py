@@ -29,7 +29,7 @@ def main():
     # By way of bytes: it does not depend on which NumPy this PyTorch was built for.
     images = torch.frombuffer(bytearray(digits.train_images.tobytes()), dtype=torch.uint8).reshape(-1, 1, 28, 28)
     labels = torch.frombuffer(bytearray(digits.train_labels.tobytes()), dtype=torch.uint8).long()
-    features = nn.Sequential(nn.Conv2d(1, 20, 5), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.Tanh(), nn.MaxPool2d(2),
+    features = nn.Sequential(nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Tanh(), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.Tanh(),
                              nn.Flatten(), nn.Linear(800, 500), nn.Tanh(), nn.Linear(500, 2))
     classifier = nn.Linear(2, 10)
     centers = torch.zeros(10, 2)
