@@ -52,6 +52,7 @@ class CenterLoss(mx.operator.CustomOp):
         self.normalization = normalization
         self.on_cpu = on_cpu
 
+    @np.errstate(over='ignore', invalid='ignore')  # of a training that diverges: the metric shows it
     def forward(self, is_train, req, in_data, out_data, aux):
         """Write the mean center loss of the batch, shape (1,). The centers stay where they are."""
         data, label = in_data
@@ -65,6 +66,7 @@ class CenterLoss(mx.operator.CustomOp):
             difference = data - mx.nd.take(aux[0], label)
             self.assign(out_data[0], req[0], mx.nd.sum(difference * difference).reshape((1,)) / (2 * len(label)))
 
+    @np.errstate(over='ignore', invalid='ignore')
     def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
         """Write the gradient of the embeddings, shape (B, d), from the present centers; then move the centers."""
         data, label = in_data
@@ -108,8 +110,7 @@ class CenterLoss(mx.operator.CustomOp):
 
     def _classes(self, label):
         """The labels, float32 (B,), as whole numbers, int64 (B,). Raises ValueError for one that is no class."""
-        with np.errstate(invalid='ignore'):
-            classes = label.astype(np.int64)
+        classes = label.astype(np.int64)
         wrong = (classes != label) | (classes < 0) | (classes >= self.num_class)
         if wrong.any():
             position = int(wrong.argmax())
