@@ -4,8 +4,9 @@
     python tests/benchmark.py --data-dir DIR --json FILE       on all of MNIST, and for machines
     python tests/benchmark.py --only operator start-up         some parts
 
-The two sides of every comparison take turns, and medians are compared: such ratios hold on a noisy machine, where seconds do not. PyTorch is compared
-where it is installed (``pip install torch``).
+The two sides of every comparison take turns, and the ratio is the median of the ratios of the turns: such ratios hold on a noisy machine, where seconds
+do not. Every part runs in a process of its own, so that no threads of one stand in the way of another. PyTorch is compared where it is installed
+(``pip install torch``).
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from tqdm import tqdm  # noqa: E402
 import center_loss  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
-from runtime import ArgumentParser, available_cpus, mx, run_script  # noqa: E402
+from runtime import ArgumentParser, Failure, available_cpus, mx, run_script  # noqa: E402
 from train_model import INITIALIZERS, metrics  # noqa: E402
 
 ROUNDS = 7
@@ -96,17 +97,30 @@ class Table:
         return '\n'.join(lines)
 
 
-def take_turns(*sides, rounds=ROUNDS):
-    """Median seconds of each side; the sides take turns, after one round that does not count."""
-    seconds = [[] for _ in sides]
-    for turn in range(rounds + 1):
-        for side, measured in zip(sides, seconds):
-            begin = time.perf_counter()
-            side()
-            mx.nd.waitall()
-            if turn:
-                measured.append(time.perf_counter() - begin)
-    return [statistics.median(measured) for measured in seconds]
+class Turns:
+    """Seconds of each side of a comparison, ``seconds[side]``; the sides took turns, after a round that does not count."""
+
+    def __init__(self, *sides, rounds=ROUNDS, times=1):
+        self.seconds = [[] for _ in sides]
+        for turn in range(rounds + 1):
+            for side, measured in zip(sides, self.seconds):
+                begin = time.perf_counter()
+                for _ in range(times):
+                    side()
+                mx.nd.waitall()
+                if turn:
+                    measured.append((time.perf_counter() - begin) / times)
+
+    def median(self, side=0):
+        return statistics.median(self.seconds[side])
+
+    def ratio(self, side, other):
+        """How many times as long ``side`` takes as ``other``."""
+        return median_ratio(self.seconds[side], self.seconds[other])
+
+
+def median_ratio(first, second):
+    return statistics.median(one / other for one, other in zip(first, second))
 
 
 def module_of(network, batch_size, labels=('softmax_label', 'center_label')):
@@ -142,11 +156,11 @@ def measure_throughput(table, args):
     for batch_size in (32, 128, 512):
         batches, _ = data.mnist_iterator(batch_size, dataset='mnist-5k')
         modules = module_of(joint, batch_size), module_of(softmax, batch_size, ['softmax_label'])
-        seconds = take_turns(lambda: epoch(modules[0], batches, metrics()),
-                             lambda: epoch(modules[1], batches, center_loss.Accuracy(), with_center_label=False))
-        table.add(1, f'training, joint objective over softmax only, batch {batch_size}', seconds[1] / seconds[0], 'x', at_least=0.98)
+        turns = Turns(lambda: epoch(modules[0], batches, metrics()),
+                      lambda: epoch(modules[1], batches, center_loss.Accuracy(), with_center_label=False))
+        table.add(1, f'training, joint objective over softmax only, batch {batch_size}', turns.ratio(1, 0), 'x', at_least=0.98)
         if batch_size == 128:
-            table.add('', 'training, joint objective, batch 128', batches.num_batches * batch_size / seconds[0], 'images/s')
+            table.add('', 'training, joint objective, batch 128', batches.num_batches * batch_size / turns.median(), 'images/s')
 
 
 def operator_step(form, batch, dim, classes):
@@ -164,30 +178,29 @@ def operator_step(form, batch, dim, classes):
     return step
 
 
-def repeated(step, times):
-    def many():
-        for _ in range(times):
-            step()
-    return many
-
-
 def measure_operator(table, args):
     """Targets 2 and 4: the operator by itself."""
     ours, nd, loop = (operator_step(form, 128, 2, 10) for form in ('centerloss', 'centerloss_nd', 'centerloss_loop'))
-    seconds = take_turns(repeated(ours, 100), repeated(nd, 20), repeated(loop, 2))
-    seconds = [seconds[0] / 100, seconds[1] / 20, seconds[2] / 2]
-    table.add(2, 'operator, per-sample loop over ours, (B 128, d 2, K 10)', seconds[2] / seconds[0], 'x', at_least=40)
-    table.add('', 'operator, the mx.nd form on the CPU over the one on memory, (128, 2, 10)', seconds[1] / seconds[0], 'x')
-    table.add(4, 'operator, forward + backward, (128, 2, 10)', 1e3 * seconds[0], 'ms', at_most=0.5)
-    table.add(4, 'operator, forward + backward, (256, 128, 1,000)',
-              1e3 * take_turns(repeated(operator_step('centerloss', 256, 128, 1000), 50))[0] / 50, 'ms', at_most=0.5)
-    small, large = (operator_step('centerloss', 256, 512, classes) for classes in (1000, 1_000_000))
-    seconds = [second / 50 for second in take_turns(repeated(small, 50), repeated(large, 50))]
-    table.add(4, 'operator, forward + backward, (256, 512, 1,000,000)', 1e3 * seconds[1], 'ms', at_most=3)
-    table.add(4, 'operator, K = 1,000,000 over K = 1,000 at (256, 512, K)', seconds[1] / seconds[0], 'x', at_most=1.5)
+    turns = Turns(ours, nd, loop, times=5)
+    table.add(2, 'operator, per-sample loop over ours, (B 128, d 2, K 10)', turns.ratio(2, 0), 'x', at_least=40)
+    table.add('', 'operator, the mx.nd form on the CPU over the one on memory, (128, 2, 10)', turns.ratio(1, 0), 'x')
+    for shape in ((128, 2, 10), (256, 128, 1000)):
+        step = operator_step('centerloss', *shape)
+        table.add(4, f'operator, forward + backward, ({shape[0]}, {shape[1]}, {shape[2]:,})', 1e3 * Turns(step, times=100).median(), 'ms', at_most=0.5)
+    turns = Turns(*(operator_step('centerloss', 256, 512, classes) for classes in (1000, 1_000_000)), times=30)
+    table.add(4, 'operator, forward + backward, (256, 512, 1,000,000)', 1e3 * turns.median(1), 'ms', at_most=3)
+    table.add(4, 'operator, K = 1,000,000 over K = 1,000 at (256, 512, K)', turns.ratio(1, 0), 'x', at_most=1.5)
     for classes in (1000, 1_000_000):
-        added = subprocess.run([sys.executable, __file__, '--memory-of-operator', str(classes)], capture_output=True, text=True, check=True).stdout
-        table.add(4, f'operator, memory added by 20 steps at (256, 512, {classes:,}), centers aside', float(added), 'MB', at_most=8)
+        added = float(run_part('--memory-of-operator', str(classes)))
+        table.add(4, f'operator, memory added by 20 steps at (256, 512, {classes:,}), centers aside', added, 'MB', at_most=8)
+
+
+def run_part(*options, script=__file__):
+    """What a script prints that runs in a process of its own."""
+    result = subprocess.run([sys.executable, script, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise Failure(f'{Path(script).name} {" ".join(options)} ended with status {result.returncode}: {result.stderr.strip()}')
+    return result.stdout
 
 
 def memory_of_operator(classes):
@@ -197,7 +210,8 @@ def memory_of_operator(classes):
     centers_touched = 256 * 512 * 4 / 1e6
     step_of_another_size()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    repeated(step, 20)()
+    for _ in range(20):
+        step()
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3 - centers_touched)
 
 
@@ -206,8 +220,8 @@ def measure_loop(table, args):
     joint, loop, _ = networks()
     batches, _ = data.mnist_iterator(128, dataset='mnist-5k', num_examples=1280)
     modules = [module_of(network, 128) for network in (joint, loop)]
-    seconds = take_turns(*(lambda module=module: epoch(module, batches, metrics()) for module in modules), rounds=3)
-    table.add(2, 'training, ours over the per-sample loop, batch 128', seconds[1] / seconds[0], 'x', at_least=4)
+    turns = Turns(*(lambda module=module: epoch(module, batches, metrics()) for module in modules), rounds=3)
+    table.add(2, 'training, ours over the per-sample loop, batch 128', turns.ratio(1, 0), 'x', at_least=4)
 
 
 def measure_torch(table, args):
@@ -216,24 +230,19 @@ def measure_torch(table, args):
     if subprocess.run([sys.executable, '-c', 'import torch'], capture_output=True).returncode:
         table.add(3, f'{what}: torch is not installed', None, 'x', at_least=1.25)
         return
-    rates = {'ours': [], 'torch': []}
-    commands = {'ours': [sys.executable, __file__, '--epochs-of-training'],
-                'torch': [sys.executable, str(ROOT / 'tests' / 'benchmark_torch.py'), os.environ['OMP_NUM_THREADS']]}
-    environment = {name: value for name, value in os.environ.items() if name != 'OMP_WAIT_POLICY'}
+    ours, torch = [], []
     for _ in range(4):
-        for side, command in commands.items():
-            result = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ if side == 'ours' else environment)
-            rates[side].append(float(result.stdout))
-    table.add(3, what, statistics.median(rates['ours']) / statistics.median(rates['torch']), 'x', at_least=1.25)
-    table.add('', 'training with data and metrics, PyTorch, batch 128', statistics.median(rates['torch']), 'images/s')
+        ours.append(float(run_part('--epochs-of-training')))
+        torch.append(float(run_part(os.environ['OMP_NUM_THREADS'], script=ROOT / 'tests' / 'benchmark_torch.py')))
+    table.add(3, what, median_ratio(ours, torch), 'x', at_least=1.25)
+    table.add('', 'training with data and metrics, PyTorch, batch 128', statistics.median(torch), 'images/s')
 
 
 def epochs_of_training():
     """Images per second of training on the embedded digits, the first epoch aside."""
     batches, _ = data.mnist_iterator(128, dataset='mnist-5k')
     module = module_of(train.get_symbol(), 128)
-    second, = take_turns(lambda: epoch(module, batches, metrics()), rounds=5)
-    print(batches.num_batches * 128 / second)
+    print(batches.num_batches * 128 / Turns(lambda: epoch(module, batches, metrics()), rounds=5).median())
 
 
 @contextlib.contextmanager
@@ -251,6 +260,20 @@ def data_options(args):
 
 def measure_overhead(table, args):
     """Target 5: train.py, with everything it does, over a bare loop that does the same computations on arrays in memory."""
+    epochs, whole, bare = (3 if args.data_dir else 8), [], []
+    for _ in range(3):
+        with trained(epochs, *data_options(args)) as folder:
+            ends = re.findall(r'^(\S+ \S+) Node\[0\] Epoch\[\d+\] Validation-center_loss', (folder / 'log.txt').read_text(), re.MULTILINE)
+        begin, *_, end = (datetime.strptime(time, '%Y-%m-%d %H:%M:%S,%f') for time in ends)
+        whole.append((end - begin).total_seconds() / (epochs - 1))
+        images, second = map(float, run_part('--bare-epochs', str(epochs - 1), *(['--data-dir', args.data_dir] if args.data_dir else [])).split())
+        bare.append(second)
+    table.add(5, 'train.py over a bare loop of the same forwards, backwards and updates', median_ratio(bare, whole), 'x', at_least=0.95)
+    table.add('', 'train.py, training images with validation, log and checkpoints', images / statistics.median(whole), 'images/s')
+
+
+def bare_epochs(args):
+    """Training images of an epoch, and its seconds in a loop that computes what train.py computes, on one batch that lies in memory."""
     digits = data.load_digits('auto' if args.data_dir else 'mnist-5k', args.data_dir)
     steps, forwards = len(digits.train_images) // 128, len(digits.val_images) // 128
     module = module_of(train.get_symbol(), 128)
@@ -263,17 +286,7 @@ def measure_overhead(table, args):
             module.update()
         for _ in range(forwards):
             module.forward(batch, is_train=False)
-
-    epochs, ratios, rates = (3 if args.data_dir else 12), [], []
-    for _ in range(3):
-        with trained(epochs, *data_options(args)) as folder:
-            ends = re.findall(r'^(\S+ \S+) Node\[0\] Epoch\[\d+\] Validation-center_loss', (folder / 'log.txt').read_text(), re.MULTILINE)
-        begin, *_, end = (datetime.strptime(time, '%Y-%m-%d %H:%M:%S,%f') for time in ends)
-        second = (end - begin).total_seconds() / (epochs - 1)
-        ratios.append(take_turns(bare_epoch, rounds=2 if args.data_dir else 5)[0] / second)
-        rates.append(steps * 128 / second)
-    table.add(5, 'train.py over a bare loop of the same forwards, backwards and updates', statistics.median(ratios), 'x', at_least=0.95)
-    table.add('', 'train.py, training images with validation, log and checkpoints', statistics.median(rates), 'images/s')
+    print(steps * 128, Turns(bare_epoch, rounds=args.bare_epochs).median())
 
 
 def flops_per_image():
@@ -301,9 +314,11 @@ def measure_flops(table, args):
             module.forward_backward(batch)
             module.update()
 
-    product, step = take_turns(lambda: mx.nd.dot(a, b), steps)
+    turns = Turns(lambda: mx.nd.dot(a, b), steps)
+    product, step = turns.median(0), turns.median(1)
     table.add('', 'operations of a training step per image', flops_per_image() / 1e6, 'Mflop')
     table.add('', f'product of two matrices of {size} x {size}', 2 * size ** 3 / product / 1e9, 'Gflop/s')
+    table.add('', 'training step, batch 128', flops_per_image() * 128 * 30 / step / 1e9, 'Gflop/s')
     table.add(6, 'training step over the product of matrices, share of its rate', flops_per_image() * 128 * 30 / step / (2 * size ** 3 / product), 'x')
     mx.profiler.set_config(profile_symbolic=True, profile_imperative=True, aggregate_stats=True, filename=os.devnull)
     mx.profiler.set_state('run')
@@ -361,17 +376,31 @@ def main():
     parser.add_argument('--data-dir', metavar='DIR', help='folder of the IDX files for the parts that train.py runs in; the embedded digits without it')
     parser.add_argument('--only', nargs='+', choices=list(PARTS), default=list(PARTS), metavar='PART', help='these parts')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the table for machines, too')
-    parts = parser.add_argument_group('what the parts run in processes of their own')
+    parts = parser.add_argument_group('what runs in a process of its own')
+    parts.add_argument('--part', choices=list(PARTS), help='print the rows of this part as JSON')
     parts.add_argument('--memory-of-operator', type=int, metavar='K', help='print the memory that the operator adds with K classes')
     parts.add_argument('--epochs-of-training', action='store_true', help='print the images per second of training')
+    parts.add_argument('--bare-epochs', type=int, metavar='N', help='print the images and the seconds of an epoch of a bare loop')
     args = parser.parse_args()
-    if args.memory_of_operator:
-        return memory_of_operator(args.memory_of_operator)
-    if args.epochs_of_training:
-        return epochs_of_training()
+    if args.part:
+        table = Table()
+        PARTS[args.part](table, args)
+        print(json.dumps(table.rows))
+    elif args.memory_of_operator:
+        memory_of_operator(args.memory_of_operator)
+    elif args.epochs_of_training:
+        epochs_of_training()
+    elif args.bare_epochs:
+        bare_epochs(args)
+    else:
+        run_all(args)
+
+
+def run_all(args):
+    """Every part in turn, and the table."""
     table = Table()
     for name in tqdm(args.only, desc='parts', disable=None):
-        PARTS[name](table, args)
+        table.rows += json.loads(run_part('--part', name, *(['--data-dir', args.data_dir] if args.data_dir else [])))
     print(f'{available_cpus()} cores, {os.environ["OMP_NUM_THREADS"]} threads, MXNet {mx.__version__}')
     print(table)
     if args.json:
