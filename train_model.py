@@ -76,7 +76,7 @@ def fit(args, network, data_loader, data_shape, devices=None):
     if args.batch_size % len(devices):
         raise InputError(f'--batch-size={args.batch_size} cannot be shared equally by {len(devices)} devices: take a multiple of {len(devices)}')
     checkpoints = Checkpoints(args.save_model_prefix)
-    checkpoints.check_place()
+    checkpoints.check_folder()
     kv = mx.kv.create(args.kv_store)
     with logging_to(Path(args.log_dir) / args.log_file, kv.rank) as begin_log, told_when_stopped(checkpoints):
         logging.info('start with arguments %s', args)
@@ -413,7 +413,7 @@ class Checkpoints:
         self.current = None  # the newest epoch of the run that this process is at
         self.trained_with = None  # the options of the epoch that it resumed
 
-    def check_place(self):
+    def check_folder(self):
         """Raise InputError where no checkpoint could be written. What a killed process left half-written is removed."""
         problem, beside = None, self.beside(self.symbol())
         if os.path.basename(self.prefix) in ('', '.', '..'):

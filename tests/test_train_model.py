@@ -348,7 +348,7 @@ def test_what_a_killed_process_left_half_written_is_removed():
     names = [f'.run-{name}.{pid}' for pid in (ended.pid, os.getppid()) for name in ('symbol.json', '0002.params', '12345.states')]
     for name in [*names, f'.running-0001.params.{ended.pid}', f'.run-0002.other.{ended.pid}']:
         Path(name).touch()
-    Checkpoints('run').check_place()
+    Checkpoints('run').check_folder()
     assert sorted(os.listdir()) == sorted([*names[3:], f'.running-0001.params.{ended.pid}', f'.run-0002.other.{ended.pid}'])
 
 
@@ -411,7 +411,7 @@ def test_on_a_disk_that_may_only_be_read_it_is_told_before_the_training(small_di
 
 def test_a_prefix_that_mxnet_cannot_take_is_told():
     with pytest.raises(InputError, match='it is not UTF-8'):
-        Checkpoints('\udcff').check_place()
+        Checkpoints('\udcff').check_folder()
 
 
 def test_without_permission_it_is_told_before_the_training():
@@ -422,7 +422,7 @@ def test_without_permission_it_is_told_before_the_training():
             os.seteuid(65534)
         try:
             with pytest.raises(InputError, match='cannot write checkpoints to --save-model-prefix=.*/run: Permission denied'):
-                Checkpoints(f'{folder}/run').check_place()
+                Checkpoints(f'{folder}/run').check_folder()
         finally:
             os.seteuid(user)
 
