@@ -13,11 +13,9 @@ Importing this module registers the operator:
     mx.sym.Custom(data=x, label=y, op_type='centerloss', name='center_loss', num_class=10, alpha=0.5)
 """
 
-import ctypes
-
 import numpy as np
 
-from runtime import mx
+from runtime import memory_of, mx
 
 __all__ = ['Accuracy', 'CenterLoss', 'CenterLossMetric', 'CenterLossProp']
 
@@ -57,10 +55,10 @@ class CenterLoss(mx.operator.CustomOp):
         """Write the mean center loss of the batch, shape (1,). The centers stay where they are."""
         data, label = in_data
         if self.on_cpu:
-            classes = self._classes(_memory(label))
-            difference = _memory(data) - _memory(aux[0])[classes]
+            classes = self._classes(memory_of(label))
+            difference = memory_of(data) - memory_of(aux[0])[classes]
             # np.dot would be shared among threads of its own, which get in the way of MXNet's.
-            _write(_memory(out_data[0]), req[0], np.square(difference).sum() / (2 * len(classes)))
+            _write(memory_of(out_data[0]), req[0], np.square(difference).sum() / (2 * len(classes)))
         else:
             self._classes(label.asnumpy())
             difference = data - mx.nd.take(aux[0], label)
@@ -72,11 +70,11 @@ class CenterLoss(mx.operator.CustomOp):
         data, label = in_data
         factor = self.scale / len(label) if self.normalization == 'batch' else self.scale
         if self.on_cpu:
-            classes, centers = _memory(label).astype(np.int64), _memory(aux[0])  # forward has checked the labels
-            difference = _memory(data) - centers[classes]
+            classes, centers = memory_of(label).astype(np.int64), memory_of(aux[0])  # forward has checked the labels
+            difference = memory_of(data) - centers[classes]
             if req[0] != 'null':
-                _write(_memory(in_grad[0]), req[0], factor * difference)
-            _write(_memory(in_grad[1]), req[1], 0)
+                _write(memory_of(in_grad[0]), req[0], factor * difference)
+            _write(memory_of(in_grad[1]), req[1], 0)
             self._move_centers_in_memory(difference, classes, centers)
         else:
             difference = data - mx.nd.take(aux[0], label)
@@ -117,20 +115,6 @@ class CenterLoss(mx.operator.CustomOp):
             raise ValueError(f'centerloss: label {label[position]:g} at position {position} of the batch is not a whole number '
                              f'from 0 to {self.num_class - 1} (num_class={self.num_class})')
         return classes
-
-
-class _Lent:
-    """Memory that NumPy can look at: ``__array_interface__`` is its protocol for that."""
-
-    def __init__(self, address, shape):
-        self.__array_interface__ = {'version': 3, 'typestr': '<f4', 'data': (address, False), 'shape': shape}
-
-
-def _memory(array):
-    """The memory of a float32 NDArray on the CPU as a NumPy array of the same shape. Valid while the engine lends the NDArray."""
-    pointer = ctypes.c_void_p()
-    mx.base.check_call(mx.base._LIB.MXNDArrayGetData(array.handle, ctypes.byref(pointer)))
-    return np.asarray(_Lent(pointer.value, array.shape))
 
 
 def _write(target, req, value):

@@ -68,11 +68,15 @@ def get_symbol(num_classes=NUM_CLASSES, center_loss_weight=0.01, alpha=0.5, embe
 def lenet(image):
     """The features that feed the embedding: (B, 1, 28, 28) -> (B, 500).
 
-    Each tanh is taken after the pooling instead of before it: tanh grows with its argument, so that the largest tanh of a window is the tanh of the
-    largest, and the function is the same for a quarter of the work.
+    Two things make it faster and leave the function as it is. Each tanh is taken after the pooling instead of before it: tanh grows with its
+    argument, so the largest tanh of a window is the tanh of the largest. And the first layer has four filters of zeros beside its 20:
+    oneDNN's vectorised layout wants a multiple of 8, and without it MXNet falls back on a pooling that takes four times as long.
     """
-    net = mx.sym.Convolution(image, kernel=(5, 5), num_filter=20, name='conv1')  # (B, 20, 24, 24)
-    net = mx.sym.Pooling(net, kernel=(2, 2), stride=(2, 2), pool_type='max', name='pool1')  # (B, 20, 12, 12)
+    weight = mx.sym.concat(mx.sym.var('conv1_weight', shape=(20, 1, 5, 5)), mx.sym.zeros((4, 1, 5, 5)), dim=0, name='conv1_weight_padded')
+    bias = mx.sym.concat(mx.sym.var('conv1_bias', shape=(20,)), mx.sym.zeros((4,)), dim=0, name='conv1_bias_padded')
+    net = mx.sym.Convolution(image, weight=weight, bias=bias, kernel=(5, 5), num_filter=24, name='conv1')  # (B, 24, 24, 24)
+    net = mx.sym.Pooling(net, kernel=(2, 2), stride=(2, 2), pool_type='max', name='pool1')
+    net = mx.sym.slice_axis(net, axis=1, begin=0, end=20, name='pool1_without_padding')  # (B, 20, 12, 12)
     net = mx.sym.Activation(net, act_type='tanh', name='tanh1')
     net = mx.sym.Convolution(net, kernel=(5, 5), num_filter=50, name='conv2')  # (B, 50, 8, 8)
     net = mx.sym.Pooling(net, kernel=(2, 2), stride=(2, 2), pool_type='max', name='pool2')  # (B, 50, 4, 4)

@@ -105,7 +105,7 @@ def fit(args, network, data_loader, data_shape, devices=None):
                 module.fit(
                     train,
                     eval_metric=metrics(),
-                    kvstore=kv,
+                    kvstore=kv if len(devices) * kv.num_workers > 1 else None,  # one device has nothing to share
                     optimizer='sgd',
                     optimizer_params=optimizer_options(args, train.num_batches, first_epoch),
                     initializer=INITIALIZERS[args.initializer],

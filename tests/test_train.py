@@ -64,6 +64,32 @@ def test_the_network_is_the_lenet_of_the_paper_with_named_layers():
     assert dict(zip(network.list_auxiliary_states(), centers)) == {'center_loss_center_bias': (10, 2)}
 
 
+def test_the_features_are_those_of_lenet_as_it_is_written_in_the_paper():
+    """conv - tanh - pool twice, dense, tanh: what lenet() reorders and pads is the same function, with the same gradients, of real digits."""
+    net = mx.sym.var('data')
+    for i, filters in enumerate((20, 50), 1):
+        net = mx.sym.Activation(mx.sym.Convolution(net, kernel=(5, 5), num_filter=filters, name=f'conv{i}'), act_type='tanh')
+        net = mx.sym.Pooling(net, kernel=(2, 2), stride=(2, 2), pool_type='max')
+    plain = mx.sym.Activation(mx.sym.FullyConnected(mx.sym.flatten(net), num_hidden=500, name='fc1'), act_type='tanh')
+    images, _ = digits(32)
+    rng = np.random.default_rng(0)
+    features, gradients = [], []
+    above = mx.nd.array(rng.normal(size=(32, 500)))
+    executors = [network.simple_bind(mx.cpu(), data=images.shape) for network in (plain, train.lenet(mx.sym.var('data')))]
+    for name, array in executors[0].arg_dict.items():
+        value = images if name == 'data' else rng.normal(0, 0.1, array.shape)
+        for executor in executors:
+            executor.arg_dict[name][:] = value
+    for executor in executors:
+        features.append(executor.forward(is_train=True)[0].asnumpy())
+        executor.backward([above])
+        gradients.append({name: array.asnumpy() for name, array in executor.grad_dict.items()})
+    assert gradients[0].keys() == gradients[1].keys()
+    np.testing.assert_allclose(features[1], features[0], atol=1e-5)
+    for name, gradient in gradients[0].items():
+        np.testing.assert_allclose(gradients[1][name], gradient, rtol=1e-3, atol=1e-4 * np.abs(gradient).max(), err_msg=name)
+
+
 def test_without_biases_the_embedding_and_the_last_layer_have_none():
     assert set(train.get_symbol().list_arguments()) - set(train.get_symbol(no_bias=True).list_arguments()) == {'embedding_bias', 'fc2_bias'}
 
