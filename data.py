@@ -393,9 +393,9 @@ def receive(url, part, received):
         continued = response.status_code == requests.codes.partial_content
         received = received if continued else 0
         part.parent.mkdir(exist_ok=True)
-        length = int(response.headers.get('Content-Length', 0)) + received
+        length = int(response.raw.length_remaining or 0) + received  # 0: the server does not say, or not as a number
         with (open(part, 'ab' if continued else 'wb') as file,
-              tqdm(total=length or None, initial=received, desc=part.name.replace('.part', ''), unit='B', unit_scale=True, disable=None) as progress):
+              tqdm(total=length if length > received else None, initial=received, desc=part.name.replace('.part', ''), unit='B', unit_scale=True, disable=None) as progress):
             for chunk in response.raw.stream(1 << 16, decode_content=False):
                 received += len(chunk)
                 if received > MAX_DOWNLOAD:

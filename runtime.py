@@ -7,6 +7,7 @@ Every script takes MXNet from here, ``from runtime import mx``, so that the orde
 """
 
 import argparse
+import contextlib
 import ctypes
 import math
 import os
@@ -15,7 +16,21 @@ import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
+
+def leave(number, frame):
+    """A signal handler that ends the program at once, without a traceback."""
+    os._exit(128 + number)
+
+
+# A script that is still being imported has nothing to lose: until run_script takes over, and when it is done, Ctrl-C and SIGTERM end it at once.
+# Other programs that import this keep their handlers.
+_script = getattr(sys.modules['__main__'], '__file__', None)
+if _script and Path(_script).resolve().parent == Path(__file__).resolve().parent:
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) != signal.SIG_IGN:
+            signal.signal(_number, leave)
+
+import numpy as np  # noqa: E402
 
 for _alias, _type in (('bool', bool), ('int', int), ('float', float), ('object', object)):
     if _alias not in vars(np):
@@ -124,13 +139,18 @@ def number(kind, minimum=-math.inf, maximum=math.inf, above=-math.inf):
 
 def run_script(main):
     """Run ``main()`` and leave: status 0, a :class:`Failure` told in one line on stderr with its status, or 130 and 143 for Ctrl-C and SIGTERM."""
-    def terminate(signum, frame):
-        raise Terminated
-    signal.signal(signal.SIGTERM, terminate)
+    def interrupt(number, frame):
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN}
     try:
         main()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
     except Failure as failure:
         print(f'{Path(sys.argv[0]).name}: error: {failure}', file=sys.stderr)
         sys.exit(failure.status)
     except KeyboardInterrupt as stop:
         sys.exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

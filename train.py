@@ -13,16 +13,18 @@ The objective is Eq. 5 of Wen, Zhang, Li, Qiao: A Discriminative Feature Learnin
 with both terms the mean over the batch. ``tail -f log.txt`` follows a run, ``python vis.py`` shows what came of it.
 """
 
+from runtime import ArgumentParser, mx, number, run_script  # first, for a Ctrl-C while all this is imported
+
 import argparse
 import functools
 
 import center_loss  # noqa: F401  (registers the operator)
 import data
-from runtime import ArgumentParser, mx, number, run_script
 from train_model import INITIALIZERS, fit
 
 IMAGE_SHAPE = (1, 28, 28)
 NUM_CLASSES = 10
+MAX_DEVICE = 15  # MXNet knows no more of a kind, and hangs
 
 
 def get_symbol(num_classes=NUM_CLASSES, center_loss_weight=0.01, alpha=0.5, embedding_dim=2, no_bias=False, embedding_lr_mult=0.25):
@@ -105,13 +107,14 @@ def parse_args(argv=None):
                           help='CPU contexts that share every batch as GPUs would, such as 0,1; empty: one')
     training.add_argument('--batch-size', type=number(int, minimum=1), default=100, metavar='B', help='images in a batch, over all devices')
     training.add_argument('--num-epochs', type=number(int, minimum=1), default=20, metavar='N', help='epochs in all, with those before --resume')
-    training.add_argument('--lr', type=number(float, above=0), default=0.02, help='learning rate of SGD (momentum 0.9, weight decay 5e-4)')
-    training.add_argument('--embedding-lr-mult', type=number(float, above=0), default=0.25, metavar='M',
+    training.add_argument('--lr', type=number(float, above=0, maximum=1e6), default=0.02, help='learning rate of SGD (momentum 0.9, weight decay 5e-4)')
+    training.add_argument('--embedding-lr-mult', type=number(float, above=0, maximum=1e6), default=0.25, metavar='M',
                           help="the embedding's weights learn at M times --lr: what keeps them stable at large lambda")
     training.add_argument('--lr-factor', type=number(float, above=0, maximum=1), default=0.5, metavar='F',
                           help='the learning rate is multiplied by F every --lr-factor-epoch epochs; 1 keeps it')
-    training.add_argument('--lr-factor-epoch', type=number(float, above=0), default=20, metavar='E', help='in epochs; 0.5 is half an epoch')
-    training.add_argument('--clip-gradient', type=number(float, above=0), metavar='C',
+    training.add_argument('--lr-factor-epoch', type=number(float, above=0, maximum=1e6), default=20, metavar='E',
+                          help='in epochs; 0.5 is half an epoch')
+    training.add_argument('--clip-gradient', type=number(float, minimum=1e-30, maximum=1e30), metavar='C',
                           help='cut every element of a gradient (of the mean over the batch) to [-C, C]')
     training.add_argument('--kv-store', choices=['local', 'device', 'dist_sync', 'dist_device_sync'], default='local',
                           help='how gradients are summed: over the devices of this process (local: on the CPU, device: on the GPUs), or over machines')
@@ -121,7 +124,7 @@ def parse_args(argv=None):
     files.add_argument('--save-model-prefix', default='center_loss', metavar='P', help='checkpoints are written to P-0001.params and so on')
     files.add_argument('--resume', action='store_true', help='continue the run of --save-model-prefix from its newest whole checkpoint, where there is one')
     files.add_argument('--model-prefix', metavar='P', help='with --load-epoch: start a new run from the parameters of P that fit (fine-tuning)')
-    files.add_argument('--load-epoch', type=number(int, minimum=1), metavar='N', help='the epoch of --model-prefix to start from')
+    files.add_argument('--load-epoch', type=number(int, minimum=1, maximum=10**9), metavar='N', help='the epoch of --model-prefix to start from')
     files.add_argument('--log_file', '--log-file', default='log.txt', help='name of the log file, which is appended to')
     files.add_argument('--log_dir', '--log-dir', default='.', help='folder of the log file')
 
@@ -141,6 +144,8 @@ def device_numbers(text):
         raise argparse.ArgumentTypeError(f'{text!r} is not a list of device numbers such as 0 or 0,1')
     if len({int(number) for number in numbers}) < len(numbers):
         raise argparse.ArgumentTypeError(f'{text!r} names a device twice')
+    if any(int(number) > MAX_DEVICE for number in numbers):
+        raise argparse.ArgumentTypeError(f'{text!r} names a device above {MAX_DEVICE}')
     return [int(number) for number in numbers]
 
 

@@ -14,15 +14,16 @@ A prefix holds one run. Each file is written beside its place and moved there wh
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
+import logging.handlers
 import math
 import os
 import re
 import shlex
 import signal
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from runtime import Failure, InputError, Terminated, mx
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 LOG_EVERY = 50  # batches between two lines of the log
+COLLAPSED = 1e-4  # of 1/K, see stop_unless_sound
 
 # What may differ between a run and its continuation without changing a single weight.
 NOT_OF_THE_RUN = {'data_dir', 'log_dir', 'log_file', 'load_epoch', 'model_prefix', 'num_epochs', 'resume', 'save_model_prefix'}
@@ -76,20 +78,27 @@ def fit(args, network, data_loader, data_shape, devices=None):
     checkpoints = Checkpoints(args.save_model_prefix)
     checkpoints.check_folder()
     kv = mx.kv.create(args.kv_store)
-    with logging_to(Path(args.log_dir) / args.log_file, kv.rank):
+    with logging_to(Path(args.log_dir) / args.log_file, kv.rank) as begin_log, told_when_stopped(checkpoints):
         logging.info('start with arguments %s', args)
         mx.random.seed(args.seed)
         np.random.seed(args.seed)
         module = Module(network, label_names=['softmax_label', 'center_label'], context=devices)
         first_epoch, arg_params, aux_params = starting_point(args, checkpoints, module, data_shape)
         train, val = data_loader(args.batch_size, data_shape, num_parts=kv.num_workers, part_index=kv.rank, first_epoch=first_epoch)
+        options = options_of_the_run(args, train)
+        say_what_differs(checkpoints, options)
+        begin_log()
 
         def finish_epoch(epoch, symbol, arg_params, aux_params):
-            """Validation, then the checkpoint: an epoch that has a checkpoint has all its numbers in the log."""
-            for name, value in module.score(val, metrics(), batch_end_callback=stop_request):
+            """Validation, then the checkpoint: an epoch that has a checkpoint has all its numbers in the log, and they are sound."""
+            reported, difference = metrics(), WidestDifference()
+            module.score(val, mx.metric.CompositeEvalMetric([*reported.metrics, difference]), batch_end_callback=stop_request)
+            for name, value in reported.get_name_value():
                 logging.info('Epoch[%d] Validation-%s=%f', epoch, name, value)
+            momentum = module.momentum()
+            stop_unless_sound(f'epoch {epoch + 1}, batch {train.num_batches}', reported, difference, arg_params, aux_params, momentum)
             if kv.rank == 0:
-                checkpoints.save(epoch + 1, symbol, arg_params, aux_params, module.momentum(), options_of_the_run(args))
+                checkpoints.save(epoch + 1, symbol, arg_params, aux_params, momentum, options)
 
         with StopRequest() as stop_request, ProgressBar(args.batch_size, train.num_batches, args.num_epochs) as progress_bar:
             try:
@@ -108,11 +117,9 @@ def fit(args, network, data_loader, data_shape, devices=None):
                     batch_end_callback=[progress_bar, stop_unless_finite, stop_request, mx.callback.Speedometer(args.batch_size, LOG_EVERY)],
                     epoch_end_callback=finish_epoch,
                 )
-            except KeyboardInterrupt:
-                logging.warning('stopped: %s', checkpoints.how_to_continue())
+            except Failure as failure:
+                failure.args = (f'{failure}; {checkpoints.how_to_continue()}',)
                 raise
-            except Diverged as divergence:
-                raise Diverged(f'{divergence}; {checkpoints.how_to_continue()}') from None
     return module
 
 
@@ -153,7 +160,8 @@ class StopRequest:
         self.requested = None
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.handlers = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)
+                             if signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def __exit__(self, *error):
@@ -172,13 +180,49 @@ class StopRequest:
 class Diverged(Failure):
     """Training that cannot come to anything any more."""
 
+    def __init__(self, what, where):
+        super().__init__(f'training diverged: {what} in {where}; try a smaller --lr or --center-loss-weight, --clip-gradient, or the default --initializer')
+
 
 def stop_unless_finite(param):
     """A batch-end callback that raises Diverged when a metric of the epoch is no longer a finite number."""
     for name, value in param.eval_metric.get_global_name_value():
         if not math.isfinite(value):
-            raise Diverged(f'training diverged: {name} is {value} in epoch {param.epoch + 1}, batch {param.nbatch + 1}; '
-                           'try a smaller --lr or --center-loss-weight, or --clip-gradient')
+            raise Diverged(f'{name} is {value}', f'epoch {param.epoch + 1}, batch {param.nbatch + 1}')
+
+
+class WidestDifference(mx.metric.EvalMetric):
+    """The widest difference between the probabilities, ``softmax_output`` (B, K), that two images get for one class, as a multiple of 1/K."""
+
+    def __init__(self):
+        super().__init__('widest_difference', output_names=['softmax_output'], label_names=['softmax_label'])
+
+    def reset(self):
+        self.low, self.high = math.inf, -math.inf
+
+    def update(self, labels, preds):
+        probability = preds[0].asnumpy()
+        self.low, self.high = np.minimum(self.low, probability.min(axis=0)), np.maximum(self.high, probability.max(axis=0))
+
+    def get(self):
+        return self.name, float(np.max(self.high - self.low)) * np.size(self.high)
+
+
+def stop_unless_sound(where, reported, difference, *parameters):
+    """Raise Diverged when the validation or a parameter is no longer finite, or when all images are on one point of the embedding.
+
+    They are on one point when they all get the same probabilities. In collapsed runs these differ by the rounding of float32, by less than
+    1e-5 / K, and stay like that, since every tanh is saturated. ``mixed`` begins with 6e-4 / K, and comes apart from there where it learns.
+    """
+    for name, value in [*reported.get_name_value(), difference.get()]:
+        if not math.isfinite(value):
+            raise Diverged(f'Validation-{name} is {value}', where)
+    for name, value in itertools.chain.from_iterable(arrays.items() for arrays in parameters):
+        if not np.isfinite(value.asnumpy()).all():  # pooling can hide it from the metrics
+            raise Diverged(f'{name} is not finite', where)
+    scores = dict(reported.get_name_value())
+    if difference.get()[1] < COLLAPSED and scores['accuracy'] < 1:  # else the images are of one class
+        raise Diverged(f'all classes are on one point of the embedding, Validation-accuracy is {scores["accuracy"]:.4f}', where)
 
 
 class LogFile(logging.FileHandler):
@@ -189,29 +233,57 @@ class LogFile(logging.FileHandler):
 
 
 @contextlib.contextmanager
-def logging_to(path, rank):
-    """Send the root logger, which MXNet writes to, line by line to a file and to stderr; on a terminal, above the progress bar."""
-    line = logging.Formatter(f'%(asctime)-15s Node[{rank}] %(message)s')
+def told_when_stopped(checkpoints):
+    """Where Ctrl-C or SIGTERM ends it, the log says which checkpoint stands and how to continue."""
     try:
-        handlers = [LogFile(path), logging.StreamHandler()]
-    except OSError as error:
-        raise InputError(f'cannot write the log file {path}: {error.strerror}; see --log_dir and --log_file') from None
+        yield
+    except KeyboardInterrupt:
+        logging.warning('stopped: %s', checkpoints.how_to_continue())
+        raise
+
+
+@contextlib.contextmanager
+def logging_to(path, rank):
+    """Send the root logger, which MXNet writes to, line by line to a file and to stderr; on a terminal, above the progress bar.
+
+    It gives a function that begins the log. Until then the lines are held back, and a mistake that is found before leaves no log behind.
+    """
     logger = logging.getLogger()
     level = logger.level
+    held = logging.handlers.MemoryHandler(math.inf, flushLevel=math.inf, flushOnClose=False)
+    handlers = []
+
+    def begin():
+        try:
+            handlers.extend([LogFile(path), logging.StreamHandler()])
+        except OSError as error:
+            raise InputError(f'cannot write the log file {path}: {error.strerror}; see --log_dir and --log_file') from None
+        logger.removeHandler(held)
+        for handler in handlers:
+            handler.setFormatter(logging.Formatter(f'%(asctime)-15s Node[{rank}] %(message)s'))
+            logger.addHandler(handler)
+            for record in held.buffer:
+                handler.handle(record)
+        redirected.enter_context(logging_redirect_tqdm())
+
     logger.setLevel(logging.INFO)
-    for handler in handlers:
-        handler.setFormatter(line)
-        logger.addHandler(handler)
+    logger.addHandler(held)
     try:
-        with logging_redirect_tqdm():
-            yield
+        with contextlib.ExitStack() as redirected:
+            yield begin
     except Failure as failure:
-        logger.removeHandler(handlers[1])  # the script tells it on stderr when it ends
-        logging.error('%s', failure)
+        for handler in handlers[1:]:
+            logger.removeHandler(handler)  # the script tells it on stderr when it ends
+        with contextlib.suppress(InputError):  # of the log itself, which is what is being told
+            logging.error('%s', failure)
+        raise
+    except KeyboardInterrupt:
+        if not handlers:
+            begin()
         raise
     finally:
         logger.setLevel(level)
-        for handler in handlers:
+        for handler in [held, *handlers]:
             logger.removeHandler(handler)
             with contextlib.suppress(OSError):  # a log that could not be written has been told
                 handler.close()
@@ -224,7 +296,8 @@ def optimizer_options(args, batches_per_epoch, first_epoch):
         'momentum': MOMENTUM,
         'wd': WEIGHT_DECAY,
         'clip_gradient': args.clip_gradient,
-        'lr_scheduler': mx.lr_scheduler.FactorScheduler(max(1, round(args.lr_factor_epoch * batches_per_epoch)), args.lr_factor, base_lr=args.lr),
+        'lr_scheduler': mx.lr_scheduler.FactorScheduler(max(1, round(args.lr_factor_epoch * batches_per_epoch)), args.lr_factor,
+                                                        stop_factor_lr=0, base_lr=args.lr),
         'begin_num_update': first_epoch * batches_per_epoch,
     }
 
@@ -246,14 +319,11 @@ def starting_point(args, checkpoints, module, data_shape):
             if left:
                 raise InputError(f'{checkpoints.params(epoch)} is a checkpoint of another network: {", ".join(left)} do not fit; '
                                  'resume with the options it was trained with, or start from it with --model-prefix and --load-epoch')
-            for name, value in options_of_the_run(args).items():
-                if options.get(name) != value:
-                    logging.warning('resuming with %s=%s, while %s was trained with %s', name, value, checkpoints.params(epoch), options.get(name))
             logging.info('resuming from %s', checkpoints.params(epoch))
             if epoch >= args.num_epochs:
                 logging.warning('%s has all of the %d epochs already: raise --num-epochs to go on', checkpoints.prefix, args.num_epochs)
             module.initial_momentum = momentum
-            checkpoints.current = epoch
+            checkpoints.current, checkpoints.trained_with = epoch, options
             return epoch, arg_params, aux_params
         logging.info('no checkpoint of %s to resume from: starting at the beginning', checkpoints.prefix)
     existing = checkpoints.epochs()
@@ -268,7 +338,10 @@ def starting_point(args, checkpoints, module, data_shape):
         logging.info('%s: left %s, %s', source.params(args.load_epoch), name, why)
         arg_params.pop(name, None)
         aux_params.pop(name, None)
-    logging.info('%s: took %s', source.params(args.load_epoch), ', '.join([*arg_params, *aux_params]) or 'nothing')
+    taken = ', '.join([*arg_params, *aux_params])
+    if not taken:
+        raise InputError(f'{source.params(args.load_epoch)} is a checkpoint of another network: nothing of it fits; choose another --model-prefix')
+    logging.info('%s: took %s', source.params(args.load_epoch), taken)
     return 0, arg_params, aux_params
 
 
@@ -287,9 +360,18 @@ def misfits(network, data_shape, arg_params, aux_params):
             yield name, f'of shape {given[name].shape} where the network has {wanted[name]}'
 
 
-def options_of_the_run(args):
-    """The options that decide what the weights become, as JSON keeps them."""
-    return json.loads(json.dumps({name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}))
+def options_of_the_run(args, train):
+    """What decides what the weights become, as JSON keeps it: options, and how much there is to train on."""
+    options = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
+    return json.loads(json.dumps({**options, 'batches_per_epoch': train.num_batches}))
+
+
+def say_what_differs(checkpoints, options):
+    """Warn of every option that is another one than those of the checkpoint that is resumed."""
+    for name, value in options.items() if checkpoints.trained_with is not None else ():
+        before = checkpoints.trained_with.get(name)
+        if value != before:
+            logging.warning('resuming with %s=%s, while %s was trained with %s', name, value, checkpoints.params(checkpoints.current), before)
 
 
 class Module(mx.mod.Module):
@@ -329,14 +411,28 @@ class Checkpoints:
     def __init__(self, prefix):
         self.prefix = prefix
         self.current = None  # the newest epoch of the run that this process is at
+        self.trained_with = None  # the options of the epoch that it resumed
 
     def check_folder(self):
-        """Raise InputError where no checkpoint could be written."""
-        try:
-            with tempfile.TemporaryFile(dir=Path(self.prefix).parent):
-                pass
-        except OSError as error:
-            raise InputError(f'cannot write checkpoints to --save-model-prefix={self.prefix}: {error.strerror} ({Path(self.prefix).parent})') from None
+        """Raise InputError where no checkpoint could be written. What a killed process left half-written is removed."""
+        problem, beside = None, self.beside(self.symbol())
+        if os.path.basename(self.prefix) in ('', '.', '..'):
+            problem = 'it has to end with the beginning of a file name'
+        else:
+            try:
+                str(beside).encode()  # as MXNet will have it
+                beside.touch()
+                beside.unlink()
+                for path in beside.parent.iterdir():
+                    left = re.fullmatch(re.escape(f'.{Path(self.prefix).name}') + r'-(?:symbol\.json|\d{4,}\.(?:params|states))\.(\d{1,9})', path.name)
+                    if left and not is_running(int(left[1])):
+                        path.unlink(missing_ok=True)
+            except OSError as error:
+                problem = f'{error.strerror} ({beside.parent})'
+            except UnicodeEncodeError:
+                problem = 'it is not UTF-8'
+        if problem:
+            raise InputError(f'cannot write checkpoints to --save-model-prefix={self.prefix}: {problem}')
 
     def how_to_continue(self):
         """What is left of a run that stops, as a phrase."""
@@ -345,16 +441,27 @@ class Checkpoints:
         command = shlex.join(['python', *sys.argv, *(['--resume'] if '--resume' not in sys.argv else [])])
         return f'the last whole checkpoint is {self.params(self.current)}; continue with: {command}'
 
+    def symbol(self):
+        return Path(f'{self.prefix}-symbol.json')
+
     def params(self, epoch):
         return Path(f'{self.prefix}-{epoch:04d}.params')
 
     def states(self, epoch):
         return Path(f'{self.prefix}-{epoch:04d}.states')
 
+    def beside(self, place):
+        """Where this process writes what is moved to a place when it is whole."""
+        return place.with_name(f'.{place.name}.{os.getpid()}')
+
     def epochs(self):
         """The epochs of which there is a .params file, in order."""
         prefix = Path(self.prefix)
-        found = (re.fullmatch(re.escape(prefix.name) + r'-(\d{4,})\.params', path.name) for path in prefix.parent.glob('*.params'))
+        try:
+            names = os.listdir(prefix.parent)
+        except OSError:
+            names = []
+        found = (re.fullmatch(re.escape(prefix.name) + r'-(\d{4,})\.params', name) for name in names)
         return sorted(int(match[1]) for match in found if match)
 
     def save(self, epoch, symbol, arg_params, aux_params, momentum, options):
@@ -363,8 +470,8 @@ class Checkpoints:
         The .states name the digest of the .params they belong to, so that two files of different moments are never taken for a pair. The first
         epoch begins a run: checkpoints that an earlier one left under the prefix go when the new one is ready to take their place.
         """
-        places = [Path(f'{self.prefix}-symbol.json'), self.states(epoch), self.params(epoch)]
-        beside = [place.with_name(f'.{place.name}.{os.getpid()}') for place in places]
+        places = [self.symbol(), self.states(epoch), self.params(epoch)]
+        beside = [self.beside(place) for place in places]
         new_symbol, new_states, new_params = beside
         try:
             new_symbol.write_text(symbol.tojson())
@@ -382,8 +489,7 @@ class Checkpoints:
             self.current = epoch
         except (OSError, mx.MXNetError) as error:
             reason = getattr(error, 'strerror', None) or 'the disk is full or cannot be written'
-            raise InputError(f'cannot write the checkpoint of epoch {epoch} to {self.params(epoch)}: {reason}; '
-                             f'the checkpoints of the {epoch - 1} epochs before it stand') from None
+            raise InputError(f'cannot write the checkpoint of epoch {epoch} to {self.params(epoch)}: {reason}') from None
         finally:
             for path in beside:
                 path.unlink(missing_ok=True)
@@ -399,11 +505,22 @@ class Checkpoints:
     def load_params(self, epoch):
         """The weights and centers by name: (arg_params, aux_params). Raises DamagedCheckpoint."""
         path = self.params(epoch)
-        if not path.exists():
+        if epoch not in self.epochs():
             there = ', '.join(map(str, self.epochs())) or 'none'
             raise DamagedCheckpoint(f'there is no {path}; epochs of {self.prefix} that have a checkpoint: {there}')
         arrays = load_arrays(path)
         return tuple({key[4:]: value for key, value in arrays.items() if key.startswith(kind)} for kind in ('arg:', 'aux:'))
+
+
+def is_running(pid):
+    """Whether there is a process of that number on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def save_arrays(path, arrays):

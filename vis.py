@@ -16,6 +16,8 @@ The pictures follow Figures 2 and 3 of Wen, Zhang, Li, Qiao: A Discriminative Fe
 They are computed in all d dimensions of the embedding. Where d > 2, the picture shows its first two principal components.
 """
 
+from runtime import ArgumentParser, InputError, mx, number, run_script  # first, for a Ctrl-C while all this is imported
+
 import contextlib
 import itertools
 import math
@@ -37,7 +39,6 @@ from tqdm import tqdm
 
 import center_loss  # noqa: F401  (a checkpoint's network names the operator)
 import data
-from runtime import ArgumentParser, InputError, mx, number, run_script
 from train_model import Checkpoints
 
 PALETTE = 'tab10'
@@ -410,7 +411,7 @@ def parse_args(argv=None):
                             'the means of two classes; ratio = intra / inter, the smaller the better.')
     data.add_data_arguments(parser)
     parser.add_argument('--model-prefix', default='center_loss', metavar='P', help='the run whose embeddings are drawn')
-    parser.add_argument('--epoch', type=number(int, minimum=1), metavar='N',
+    parser.add_argument('--epoch', type=number(int, minimum=1, maximum=10**9), metavar='N',
                         help='the checkpoint of that epoch instead of the newest; with --compare, of --model-prefix alone')
     parser.add_argument('--split', choices=['train', 'val'], default='val', help='embed all of the training or of the validation images')
     parser.add_argument('--output', type=Path, metavar='FILE',

@@ -77,7 +77,7 @@ def main():
                 if array.dtype != np.uint8 or array.shape[1:] != shape or not len(array):
                     wrong.append((manner, f'array {array.dtype} {array.shape}'))
             except DataError as error:
-                outcome = re.sub(r'\d[\d a-f]*', 'N', str(error).replace(str(path), 'FILE'))[:60]
+                outcome = re.sub(r'begins with [\da-f ]+|\d+', 'N', str(error).replace(str(path), 'FILE'))[:60]
             except Exception as error:
                 wrong.append((manner, repr(error)))
                 outcome = type(error).__name__

@@ -3,7 +3,8 @@
     python tests/kill_at_random.py --kills 100
 
 Every run trains on the embedded sample until it is killed, and the next one goes on with ``--resume``; a run that finishes is compared with one
-that was never killed, bit for bit, and the next begins over it. After every kill each file at its final name has to load, and no resume may fail.
+that was never killed, bit for bit, and the next begins over it. After every kill each file at its final name has to load, no resume may fail, and
+a run that finishes leaves nothing half-written behind.
 """
 
 import random
@@ -61,7 +62,7 @@ def main():
         subprocess.run(COMMAND, cwd=whole, check=True, stderr=subprocess.DEVNULL)
         duration = time.monotonic() - begin
         expected = arrays(whole)
-        kills = finished = damaged = failed = different = unpaired = 0
+        kills = finished = damaged = failed = different = unpaired = half_written = 0
         with tqdm(total=args.kills, unit=' kills', disable=None) as progress:
             while kills < args.kills:
                 process = subprocess.Popen([*COMMAND, '--resume'], cwd=killed, stderr=subprocess.PIPE, text=True)
@@ -85,11 +86,12 @@ def main():
                     break
                 finished += 1
                 different += arrays(killed) != expected
+                half_written += len(list(killed.glob('.*')))
                 for path in killed.iterdir():
                     path.unlink()
     print(f'kills: {kills}, runs finished: {finished}, resumes that failed: {failed}, files that do not load: {damaged}, '
-          f'pairs of two moments: {unpaired}, finished runs that differ: {different}')
-    sys.exit(1 if failed or damaged or different else 0)
+          f'pairs of two moments: {unpaired}, finished runs that differ: {different}, half-written files they left: {half_written}')
+    sys.exit(1 if failed or damaged or different or half_written else 0)
 
 
 if __name__ == '__main__':

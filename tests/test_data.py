@@ -455,6 +455,16 @@ def test_a_part_that_cannot_be_continued_is_begun_afresh(left, manner, empty_mac
     assert files_in(empty_machine / 'mnist') == WHOLE
 
 
+@pytest.mark.parametrize('length, comes', [('many', True), ('7, 8', False), ('-5', True)])
+def test_a_length_that_is_no_number_does_no_harm(length, comes, empty_machine, monkeypatch):
+    original = Mirror.send_header
+    monkeypatch.setattr(Mirror, 'protocol_version', 'HTTP/1.0')
+    monkeypatch.setattr(Mirror, 'send_header', lambda self, key, value: original(self, key, length if key == 'Content-Length' else value))
+    with serving() as server:
+        offer(monkeypatch, server.url)
+        assert load_digits('auto').dataset == ('mnist' if comes else 'mnist-5k')
+
+
 def test_more_than_any_file_has_is_not_taken(empty_machine, monkeypatch):
     monkeypatch.setattr(data, 'MAX_DOWNLOAD', 10_000)
     with serving() as server:

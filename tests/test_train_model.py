@@ -1,13 +1,16 @@
 """Training, checkpoints, resume and what happens when a run is stopped or cannot go on; on real digits, with a small network."""
 
+import contextlib
 import functools
 import logging
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -145,6 +148,13 @@ def test_resuming_with_other_options_says_which(uninterrupted, caplog):
                     'resuming with lr=0.05, while run-0001.params was trained with 0.1']
 
 
+def test_resuming_with_other_data_than_before_says_so(caplog):
+    train_small('--save-model-prefix', 'run', '--num-epochs', 1)
+    loader = functools.partial(data.mnist_iterator, dataset='mnist-5k', num_examples=500)
+    fit(options('--save-model-prefix', 'run', '--num-epochs', 2, '--resume'), small_network(), loader, (1, 28, 28))
+    assert 'resuming with batches_per_epoch=10, while run-0001.params was trained with 20' in caplog.text
+
+
 def test_resuming_with_another_network_is_refused():
     train_small('--save-model-prefix', 'run', '--num-epochs', 1)
     with pytest.raises(InputError, match='run-0001.params is a checkpoint of another network: .*embedding_weight'):
@@ -193,6 +203,13 @@ def test_fine_tuning_takes_the_centers_where_they_fit():
     np.testing.assert_array_equal(new['arg:embedding_weight'], old['arg:embedding_weight'])
 
 
+def test_fine_tuning_from_a_network_of_which_nothing_fits_is_refused():
+    mx.nd.save('other-0001.params', {'arg:fc1_weight': mx.nd.zeros((3, 3)), 'arg:dense_bias': mx.nd.zeros(3)})
+    with pytest.raises(InputError, match='other-0001.params is a checkpoint of another network: nothing of it fits'):
+        train_small('--model-prefix', 'other', '--load-epoch', 1)
+    assert os.listdir() == ['other-0001.params']
+
+
 def test_the_learning_rate_falls_where_the_schedule_says():
     for line, fallen in ((['--lr-factor-epoch', 0.5], [10, 20, 30]), (['--lr-factor-epoch', 1], [20, 40]), (['--lr-factor-epoch', 1.25], [25, 50])):
         args = options('--lr', 0.8, '--lr-factor', 0.5, *line)
@@ -221,6 +238,54 @@ def test_divergence_stops_with_where_and_what_and_keeps_the_last_checkpoint():
     assert 'training diverged' in Path('log.txt').read_text().splitlines()[-1]
 
 
+def test_a_collapsed_embedding_stops_and_is_not_saved():
+    """The recipe that starts as nearly one point, at a lambda that it cannot stand: every tanh saturates within an epoch."""
+    train_small('--save-model-prefix', 'run', '--num-epochs', 1, '--num-examples', 100)
+    before = {path.name: path.read_bytes() for path in Path().glob('run*')}
+    with pytest.raises(Diverged, match=r'all classes are on one point of the embedding, Validation-accuracy is 0\.1000 in epoch 1, batch 40; '
+                                       'try a smaller --lr or --center-loss-weight, --clip-gradient, or the default --initializer; no epoch of run'):
+        train_small('--save-model-prefix', 'run', '--initializer', 'mixed', '--lr', 0.02, '--batch-size', 100, '--num-examples', 4000,
+                    network=train.get_symbol(center_loss_weight=1))
+    assert {path.name: path.read_bytes() for path in Path().glob('run*')} == before
+
+
+@pytest.mark.parametrize('initializer', ['mixed', 'xavier'])
+def test_a_network_that_has_learned_nothing_yet_is_no_collapsed_one(initializer):
+    train_small('--initializer', initializer, '--num-epochs', 1, '--num-examples', 100, '--lr', 1e-7, network=train.get_symbol())
+    assert Checkpoints('center_loss').epochs() == [1]
+
+
+def test_images_of_one_class_are_no_collapse():
+    accuracy, difference = train_model.metrics(), train_model.WidestDifference()
+    probability = mx.nd.array(np.eye(10)[[3, 3, 3]])
+    difference.update([mx.nd.array([3, 3, 3])], [probability])
+    accuracy.metrics[0].update([mx.nd.array([3, 3, 3])], [probability])
+    accuracy.metrics[1].update([mx.nd.array([3, 3, 3])], [mx.nd.array([0.5])])
+    train_model.stop_unless_sound('epoch 1, batch 1', accuracy, difference)
+    accuracy.metrics[0].update([mx.nd.array([4])], [probability[:1]])
+    with pytest.raises(Diverged, match=r'Validation-accuracy is 0\.7500'):
+        train_model.stop_unless_sound('epoch 1, batch 1', accuracy, difference)
+
+
+@pytest.mark.parametrize('wrong', [np.nan, np.inf])
+def test_weights_that_the_last_batch_of_an_epoch_spoiled_are_not_saved(wrong, monkeypatch):
+    """No metric of that epoch shows them any more, and in a max pooling NaN is no number that could be seen in the output."""
+    train_small('--save-model-prefix', 'run', '--num-epochs', 1)
+    original = train_model.Module.update
+
+    def update(self):
+        original(self)
+        if self._optimizer.num_update == 2 * NUM_BATCHES:
+            arg_params, _ = self.get_params()
+            arg_params['fc1_weight'][3, 5] = wrong
+            self.set_params(*self.get_params())
+    monkeypatch.setattr(train_model.Module, 'update', update)
+    with pytest.raises(Diverged, match=r'fc1_weight is not finite|Validation-\w+ is nan') as divergence:
+        train_small('--save-model-prefix', 'run', '--resume')
+    assert re.search(r'in epoch 2, batch 20; .* the last whole checkpoint is run-0001.params', str(divergence.value))
+    assert Checkpoints('run').epochs() == [1]
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before_it(uninterrupted):
     train_small('--save-model-prefix', 'run', '--num-epochs', 1)
     before = {path.name: path.read_bytes() for path in Path().glob('run*')}
@@ -241,11 +306,145 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before_it(uninterru
     assert_equals(uninterrupted)
 
 
+@pytest.mark.parametrize('begin', ['second epoch', 'over an old run'])
+def test_killed_between_any_two_steps_of_a_checkpoint_only_whole_ones_are_found(begin, uninterrupted, monkeypatch):
+    """Whatever was done to the folder, a copy is made before: that is what a kill there leaves."""
+    for path in uninterrupted.glob('run-*'):
+        if begin == 'over an old run' or '0001' in path.name:
+            shutil.copy(path, path.name)
+    steps = []
+
+    def watched(original):
+        def step(*arguments, **options):
+            steps.append(Path(f'step{len(steps)}'))
+            shutil.copytree('.', steps[-1], ignore=shutil.ignore_patterns('step*'))
+            return original(*arguments, **options)
+        return step
+
+    line = ['--resume', '--num-epochs', 2] if begin == 'second epoch' else ['--seed', 1, '--num-epochs', 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', watched(os.replace))
+        patch.setattr(Path, 'unlink', watched(Path.unlink))
+        train_small('--save-model-prefix', 'run', *line)
+    assert len(steps) >= 6
+    finished = {uninterrupted / 'run-0001.params', uninterrupted / 'run-0002.params', uninterrupted / 'run-0003.params', Path('run-0001.params').resolve()}
+    whole = {train_model.digest(path) for path in finished}
+    for step in steps:
+        checkpoints = Checkpoints(str(step / 'run'))
+        for epoch in checkpoints.epochs():
+            try:
+                checkpoints.load(epoch)
+            except DamagedCheckpoint:
+                assert begin == 'over an old run' and epoch == 1
+            else:
+                assert train_model.digest(checkpoints.params(epoch)) in whole
+        if begin == 'second epoch':
+            assert checkpoints.epochs()[0] == 1
+
+
+def test_what_a_killed_process_left_half_written_is_removed():
+    ended = subprocess.Popen(['true'])
+    ended.wait()
+    names = [f'.run-{name}.{pid}' for pid in (ended.pid, os.getppid()) for name in ('symbol.json', '0002.params', '12345.states')]
+    for name in [*names, f'.running-0001.params.{ended.pid}', f'.run-0002.other.{ended.pid}']:
+        Path(name).touch()
+    Checkpoints('run').check_folder()
+    assert sorted(os.listdir()) == sorted([*names[3:], f'.running-0001.params.{ended.pid}', f'.run-0002.other.{ended.pid}'])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own that holds one checkpoint of LeNet, not two, and a function that mounts it anew with other options."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+
+    def mount(options):
+        return subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', folder], stderr=subprocess.DEVNULL).returncode
+    if not shutil.which('mount') or mount('size=5m'):
+        pytest.skip('no disk can be mounted here')
+    try:
+        yield folder, mount
+    finally:
+        subprocess.run(['umount', folder], check=True)
+
+
+def script(name, *line, cwd):
+    result = subprocess.run([sys.executable, ROOT / name, '--dataset', 'mnist-5k', *map(str, line)], cwd=cwd, capture_output=True, text=True, timeout=100)
+    assert 'Traceback' not in result.stderr and 'Logging error' not in result.stderr
+    return result.returncode, result.stderr.splitlines()[-1] if result.stderr else ''
+
+
+def test_on_a_full_disk_the_last_whole_checkpoint_stays_and_the_run_goes_on_later(small_disk):
+    disk, mount = small_disk
+    line = ['--num-examples', 200, '--num-epochs', 2]
+    status, told = script('train.py', *line, cwd=disk)
+    assert status == 2
+    assert re.match('train.py: error: cannot write the checkpoint of epoch 2 to center_loss-0002.params: .*; '
+                    'the last whole checkpoint is center_loss-0001.params; continue with: python .* --resume', told)
+    assert sorted(path.name for path in disk.iterdir()) == ['center_loss-0001.params', 'center_loss-0001.states', 'center_loss-symbol.json', 'log.txt']
+    (disk / 'rest').write_bytes(bytes(8))
+    with contextlib.suppress(OSError), open(disk / 'rest', 'ab', 0) as rest:
+        while True:
+            rest.write(bytes(4096))
+    status, told = script('vis.py', cwd=disk)
+    assert (status, told) == (2, 'vis.py: error: center_loss.png cannot be written: No space left on device')
+    assert not (disk / 'center_loss.png').exists()
+    status, told = script('train.py', *line, '--resume', cwd=disk)
+    assert status == 2 and re.search('No space left on device|disk is full', told)
+    (disk / 'rest').unlink()
+    mount('remount,size=20m')
+    assert script('train.py', *line, '--resume', cwd=disk)[0] == 0
+    assert Checkpoints(disk / 'center_loss').epochs() == [1, 2]
+
+
+def test_on_a_disk_that_may_only_be_read_it_is_told_before_the_training(small_disk):
+    disk, mount = small_disk
+    mount('remount,ro')
+    assert script('train.py', '--save-model-prefix', disk / 'run', cwd='.') == (
+        2, f'train.py: error: cannot write checkpoints to --save-model-prefix={disk}/run: Read-only file system ({disk})')
+    assert script('train.py', '--log_dir', disk, cwd='.') == (
+        2, f'train.py: error: cannot write the log file {disk}/log.txt: Read-only file system; see --log_dir and --log_file')
+    assert script('vis.py', '--output', disk / 'picture.png', cwd='.') == (
+        2, f'vis.py: error: --output={disk}/picture.png cannot be written: no such folder, or no permission ({disk})')
+    assert os.listdir() == ['disk'] and os.listdir(disk) == []
+
+
+def test_a_prefix_that_mxnet_cannot_take_is_told():
+    with pytest.raises(InputError, match='it is not UTF-8'):
+        Checkpoints('\udcff').check_folder()
+
+
+def test_without_permission_it_is_told_before_the_training():
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        if user == 0:  # who may write everywhere
+            os.seteuid(65534)
+        try:
+            with pytest.raises(InputError, match='cannot write checkpoints to --save-model-prefix=.*/run: Permission denied'):
+                Checkpoints(f'{folder}/run').check_folder()
+        finally:
+            os.seteuid(user)
+
+
 def test_a_log_that_cannot_be_written_stops_the_run():
     if not os.path.exists('/dev/full'):
         pytest.skip('no /dev/full on this machine')
     with pytest.raises(InputError, match='cannot write the log file /dev/full: .*No space left'):
         train_small('--log_dir', '/dev', '--log_file', 'full')
+
+
+def test_a_log_that_cannot_be_written_any_more_stops_the_run_and_says_how_to_go_on(monkeypatch):
+    original = train_model.Checkpoints.save
+
+    def save(self, *arguments):
+        original(self, *arguments)
+        log, = (handler for handler in logging.getLogger().handlers if isinstance(handler, train_model.LogFile))
+        log.setStream(open('/dev/full', 'a')).close()
+    monkeypatch.setattr(train_model.Checkpoints, 'save', save)
+    with pytest.raises(InputError, match='cannot write the log file .*log.txt: .*No space left.*the last whole checkpoint is run-0001.params; continue'):
+        train_small('--save-model-prefix', 'run')
+    assert Checkpoints('run').epochs() == [1]
 
 
 def test_a_checkpoint_without_its_file_names_those_that_are_there(uninterrupted):
@@ -289,6 +488,23 @@ def test_a_run_that_is_stopped_in_its_first_epoch_says_that_nothing_is_left():
     assert 'stopped: no epoch of center_loss was finished, there is nothing to continue from' in told.splitlines()[-1]
 
 
+@pytest.mark.parametrize('name', ['train.py', 'vis.py'])
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_while_it_is_imported_it_ends_without_a_word(name, number, status):
+    process = subprocess.Popen([sys.executable, ROOT / name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: 'libmxnet' in Path(f'/proc/{process.pid}/maps').read_text(), process)
+    process.send_signal(number)
+    assert (*process.communicate(timeout=30), process.returncode) == ('', '', status)
+    assert os.listdir() == []
+
+
+def test_every_way_to_end_a_run_is_clean():
+    """A few of what tests/exit_cleanly.py does many times."""
+    result = subprocess.run([sys.executable, ROOT / 'tests' / 'exit_cleanly.py', '--runs', '7'], capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r'runs: 7, wrong: 0', result.stdout)
+
+
 def test_killed_at_random_it_resumes_to_the_same_weights(tmp_path):
     """A few of what tests/kill_at_random.py does many times."""
     result = subprocess.run([sys.executable, ROOT / 'tests' / 'kill_at_random.py', '--kills', '4', '--seed', '1'],
@@ -299,4 +515,4 @@ def test_killed_at_random_it_resumes_to_the_same_weights(tmp_path):
 
 def test_a_failure_of_any_kind_is_one_sentence():
     for kind, status in ((Failure, 1), (InputError, 2), (DamagedCheckpoint, 2), (Diverged, 1)):
-        assert kind('so it is').status == status
+        assert kind.status == status
