@@ -138,6 +138,8 @@ def mnist_iterator(batch_size, input_shape=(1, 28, 28), dataset='auto', data_dir
     if num_batches == 0:
         raise DataError(f'--batch-size={batch_size} is too large: {f"{num_parts} workers take {total_batch} images" if num_parts > 1 else "it takes more images"} '
                         f'than the {len(images)} there are to train on ({digits.dataset})')
+    if not len(val_images):
+        raise DataError(f'--num-classes={num_classes}: {digits.dataset} has no validation images of the classes 0 to {num_classes - 1}')
     logging.info('data: %s, %d training and %d validation images, from %s', digits.dataset, len(images), len(val_images), digits.source)
 
     def shuffled(epoch):
