@@ -213,7 +213,7 @@ def test_verification_is_what_counting_the_pairs_gives(dimensions, step):
     """On a coarse grid (step) many pairs are equally far."""
     rng = np.random.default_rng(dimensions)
     labels = rng.integers(6, 10, 40)
-    embeddings = rng.normal(size=(40, dimensions)) + 2 / dimensions ** 0.5 * rng.normal(size=(10, dimensions))[labels]
+    embeddings = rng.normal(size=(40, dimensions)) + 3 / dimensions ** 0.5 * rng.normal(size=(10, dimensions))[labels]
     embeddings = (np.round(embeddings / step) * step if step else embeddings).astype('f')
     measured = vis.verification(embeddings, labels)
     assert measured == pytest.approx(verification_by_hand(embeddings, labels, lambda x, y: np.linalg.norm(x - y)))
