@@ -418,8 +418,8 @@ def draw_curves(paths):
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes[0].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=None))
     axes[1].set_yscale('log')  # the center loss of one run may be a hundred times that of another
-    axes[1].yaxis.set_major_formatter(matplotlib.ticker.LogFormatter())
-    axes[1].yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter())
+    axes[1].yaxis.set_major_formatter('{x:g}')
+    axes[1].yaxis.set_minor_formatter(lambda x, position: f'{x:g}' if f'{x:e}'[0] in '235' else '')
     axes[1].grid(which='minor')
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=min(len(logs), 3), frameon=False, fontsize=11)
     for path, curves in zip(paths, logs):
