@@ -95,7 +95,8 @@ def add_data_arguments(parser):
                        help='folder of the four IDX files, .gz or not; nothing is downloaded then. Without it: data/<dataset>/, else a download to there')
 
 
-def mnist_iterator(batch_size, input_shape=(1, 28, 28), dataset='auto', data_dir=None, seed=0, num_examples=None, num_parts=1, part_index=0, first_epoch=0):
+def mnist_iterator(batch_size, input_shape=(1, 28, 28), dataset='auto', data_dir=None, seed=0, num_examples=None, num_classes=None, num_parts=1, part_index=0,
+                   first_epoch=0):
     """Iterators over the training and the validation images.
 
     Parameters
@@ -109,7 +110,9 @@ def mnist_iterator(batch_size, input_shape=(1, 28, 28), dataset='auto', data_dir
     seed : int
         Of the shuffles. The order of an epoch depends on the seed and on the number of the epoch alone.
     num_examples : int, optional
-        Use only the first so many training images.
+        Use only the first so many training images (of the classes that are used).
+    num_classes : int, optional
+        Use only the images, training and validation, of the classes 0 to ``num_classes`` - 1.
     num_parts, part_index : int
         Number of workers, and which of them this is: every total batch of ``num_parts * batch_size`` images is shared among the workers.
     first_epoch : int
@@ -128,13 +131,16 @@ def mnist_iterator(batch_size, input_shape=(1, 28, 28), dataset='auto', data_dir
     if math.prod(input_shape) != math.prod(IMAGE_SIZE):
         raise DataError(f'input shape {tuple(input_shape)} does not hold an image of {IMAGE_SIZE[0]} x {IMAGE_SIZE[1]} pixels')
     digits = load_digits(dataset, data_dir)
-    images, labels = digits.train_images[:num_examples], digits.train_labels[:num_examples]
+    images, labels = (array[:num_examples] for array in of_classes(digits.train_images, digits.train_labels, num_classes))
+    val_images, val_labels = of_classes(digits.val_images, digits.val_labels, num_classes)
     total_batch = num_parts * batch_size
     num_batches = len(images) // total_batch
     if num_batches == 0:
         raise DataError(f'--batch-size={batch_size} is too large: {f"{num_parts} workers take {total_batch} images" if num_parts > 1 else "it takes more images"} '
                         f'than the {len(images)} there are to train on ({digits.dataset})')
-    logging.info('data: %s, %d training and %d validation images, from %s', digits.dataset, len(images), len(digits.val_images), digits.source)
+    if not len(val_images):
+        raise DataError(f'--num-classes={num_classes}: {digits.dataset} has no validation images of the classes 0 to {num_classes - 1}')
+    logging.info('data: %s, %d training and %d validation images, from %s', digits.dataset, len(images), len(val_images), digits.source)
 
     def shuffled(epoch):
         order = np.random.default_rng((seed, epoch)).permutation(len(images))[:num_batches * total_batch]
@@ -142,10 +148,16 @@ def mnist_iterator(batch_size, input_shape=(1, 28, 28), dataset='auto', data_dir
 
     def each_once(epoch):
         # Of nearly equal size: a last batch of an image or two could not be shared by several devices.
-        return np.array_split(np.arange(len(digits.val_images)), math.ceil(len(digits.val_images) / batch_size))
+        return np.array_split(np.arange(len(val_images)), math.ceil(len(val_images) / batch_size))
 
     return (DualLabelIter(images, labels, input_shape, shuffled, first_epoch),
-            DualLabelIter(digits.val_images, digits.val_labels, input_shape, each_once))
+            DualLabelIter(val_images, val_labels, input_shape, each_once))
+
+
+def of_classes(images, labels, num_classes):
+    """The images and the labels of the classes below ``num_classes`` (None: all), in their order."""
+    kept = labels < num_classes if num_classes is not None else slice(None)
+    return images[kept], labels[kept]
 
 
 class DualLabelIter(mx.io.DataIter):

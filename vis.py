@@ -14,6 +14,11 @@ The pictures follow Figures 2 and 3 of Wen, Zhang, Li, Qiao: A Discriminative Fe
     ratio   intra / inter: the smaller, the better the clusters are told apart.
 
 They are computed in all d dimensions of the embedding. Where d > 2, the picture shows its first two principal components.
+
+Of a run that was trained on some of the classes (train.py --num-classes) the others are drawn as crosses, and the accuracy is that of the images it
+can know. The open-set claim of the paper is then measured by verification: by the distance of their embeddings alone, which pairs of images of unseen
+classes are of the same class? AUC is the probability that a pair of one class is closer than a pair of two (0.5: by chance); the true accepts at 1% false
+accepts are the share of the pairs of one class within the distance that 1% of the pairs of two have.
 """
 
 from runtime import ArgumentParser, InputError, mx, number, run_script  # first, for a Ctrl-C while all this is imported
@@ -43,6 +48,8 @@ from train_model import Checkpoints
 
 PALETTE = 'tab10'
 DPI = 110  # of a picture; a panel is 7.5 inches wide alone or as one of two, less in a grid
+VERIFIED_IMAGES = 4000  # 8 million pairs: all of the test images of four digits
+FALSE_ACCEPTS = 0.01
 FRAME_DPI = 80  # of an animation: with so many pixels, points and colours twenty epochs stay within some hundred kB
 FRAME_IMAGES = 2000
 FRAME_COLOURS = 128
@@ -62,6 +69,13 @@ class ClusterStatistics(NamedTuple):
     ratio: float
 
 
+class Verification(NamedTuple):
+    """How well distances tell pairs of one class from pairs of two, as in this module's docstring."""
+
+    auc: float
+    true_accepts: float
+
+
 class Plane(NamedTuple):
     """A plane to look at embeddings in: ``origin`` (d,), ``axes`` (2, d), orthonormal, and the ``names`` of the two."""
 
@@ -71,12 +85,15 @@ class Plane(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """What one panel shows: ``embeddings`` float32 (N, d), ``labels`` uint8 (N,), the ``title`` above and the ``caption`` below it."""
+    """What one panel shows: ``embeddings`` float32 (N, d), ``labels`` uint8 (N,), the ``title`` above and the ``caption`` below it; of the classes,
+    training has seen the first ``num_seen`` (None: all).
+    """
 
     embeddings: np.ndarray
     labels: np.ndarray
     title: str
     caption: str
+    num_seen: int = None
 
 
 def newest_epoch(prefix, option='--model-prefix'):
@@ -124,8 +141,8 @@ def embed(prefix, epoch, images, batch_size=1000):
     -------
     embeddings : numpy.ndarray
         float32 (N, d).
-    predictions : numpy.ndarray
-        int (N,), the most probable class of each image.
+    logits : numpy.ndarray
+        float32 (N, K), one for each class that training has seen. The most probable class has the largest.
 
     Raises
     ------
@@ -135,7 +152,7 @@ def embed(prefix, epoch, images, batch_size=1000):
     arg_params, aux_params = Checkpoints(prefix).load_params(epoch)
     layers = load_network(prefix).get_internals()
     try:
-        # The most probable class has the largest logit. Without the softmax and the center loss no labels are needed.
+        # Without the softmax and the center loss no labels are needed.
         outputs = mx.sym.Group([layers['embedding_output'], layers['softmax_output'].get_children()[0]])
         module = mx.mod.Module(outputs, label_names=None)
         module.bind([('data', (min(batch_size, len(images)), 1, *images.shape[1:]))], for_training=False)
@@ -153,7 +170,7 @@ def embed(prefix, epoch, images, batch_size=1000):
         raise InputError(f'{prefix} embeds in {embeddings.shape[1]} dimension, a picture needs 2 or more: choose another prefix')
     if not np.isfinite(embeddings).all():
         raise InputError(f'{Checkpoints(prefix).params(epoch)} embeds images as numbers that are not finite: choose an earlier --epoch')
-    return embeddings, logits.argmax(axis=1)
+    return embeddings, logits
 
 
 def cluster_statistics(embeddings, labels):
@@ -164,6 +181,34 @@ def cluster_statistics(embeddings, labels):
     distances = [np.linalg.norm(one - other) for one, other in itertools.combinations(means, 2)]
     inter = float(np.mean(distances)) if distances else math.nan
     return ClusterStatistics(intra, inter, intra / inter if inter else math.nan)
+
+
+def verification(embeddings, labels):
+    """The :class:`Verification` by Euclidean distance over all pairs of embeddings (N, d) with labels (N,). nan where the pairs are of one kind only.
+
+    On embeddings of length 1 it is that by cosine: ||x - y||^2 = 2 - 2 cos(x, y) there, and only the order of the distances counts.
+    """
+    embeddings = embeddings.astype(np.float64)
+    same, different = [np.empty(0)], [np.empty(0)]
+    for i in range(len(labels) - 1):
+        distances, is_same = np.linalg.norm(embeddings[i + 1:] - embeddings[i], axis=1), labels[i + 1:] == labels[i]
+        same.append(distances[is_same])
+        different.append(distances[~is_same])
+    same, different = (np.sort(np.concatenate(distances)) for distances in (same, different))
+    if not len(same) or not len(different):
+        return Verification(math.nan, math.nan)
+    farther = len(different) - np.searchsorted(different, same, 'right')  # pairs of two classes, for each pair of one
+    as_far = len(different) - np.searchsorted(different, same, 'left') - farther
+    first_reject = different[int(FALSE_ACCEPTS * len(different))]  # fewer are accepted where several pairs are just as far
+    return Verification(np.mean(farther + as_far / 2) / len(different), np.searchsorted(same, first_reject, 'left') / len(same))
+
+
+def verify_unseen(embeddings, labels, num_seen):
+    """The :class:`Verification` among the classes from ``num_seen`` on, of up to VERIFIED_IMAGES of their images: {'Euclidean': ..., 'cosine': ...}."""
+    unseen = np.random.default_rng(0).permutation(np.flatnonzero(labels >= num_seen))[:VERIFIED_IMAGES]
+    embeddings, labels = embeddings[unseen], labels[unseen]
+    directions = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), np.finfo('f').tiny)
+    return {'Euclidean': verification(embeddings, labels), 'cosine': verification(directions, labels)}
 
 
 def viewing_plane(embeddings):
@@ -180,22 +225,31 @@ def viewing_plane(embeddings):
     return Plane(embeddings.mean(axis=0, dtype=np.float64), axes, tuple(names))
 
 
-def make_panel(prefix, epoch, name, images, labels, source):
+def make_panel(prefix, epoch, name, images, labels, source, class_names):
     """Embed the images, tell the numbers on stdout, and return the :class:`Panel`. ``source`` says what the images are from."""
-    embeddings, predictions = embed(prefix, epoch, images)
-    accuracy = np.mean(predictions == labels)
+    embeddings, logits = embed(prefix, epoch, images)
+    num_seen = logits.shape[1]
+    seen = labels < num_seen
+    accuracy = np.mean(logits.argmax(axis=1)[seen] == labels[seen])
     statistics = cluster_statistics(embeddings, labels)
-    tqdm.write(f'{Checkpoints(prefix).params(epoch)}: {len(labels)} images of {source}, accuracy {accuracy:.2%}, '
-               'intra {:.3f}, inter {:.3f}, ratio {:.4f}'.format(*statistics))
-    caption = f'accuracy {accuracy:.2%}    ' + 'intra {:.3f}    inter {:.3f}    ratio {:.3f}'.format(*statistics)
-    return Panel(embeddings, labels, f'{name} (epoch {epoch}): {accuracy:.2%}', caption)
+    told = [f'{Checkpoints(prefix).params(epoch)}: {len(labels)} images of {source}, accuracy {accuracy:.2%}, '
+            'intra {:.3f}, inter {:.3f}, ratio {:.4f}'.format(*statistics)]
+    captions = [f'accuracy {accuracy:.2%}    ' + 'intra {:.3f}    inter {:.3f}    ratio {:.3f}'.format(*statistics)]
+    if num_seen < len(class_names):
+        unseen = f'unseen in training: {", ".join(class_names[num_seen:])}'
+        verified = [f'{distance}: AUC {auc:.4f}, {accepts:.1%} true accepts at {FALSE_ACCEPTS:.0%} false'
+                    for distance, (auc, accepts) in verify_unseen(embeddings, labels, num_seen).items()]
+        told.append(f'    {unseen}; pairs of their images by distance, {"; ".join(verified)}')
+        captions += [f'× {unseen}; pairs of their images by distance,', *verified]
+    tqdm.write('\n'.join(told))
+    return Panel(embeddings, labels, f'{name} (epoch {epoch}): {accuracy:.2%}', '\n'.join(captions), num_seen)
 
 
-def panel_names(prefixes, by_prefix):
-    """What to call the models in their titles: by what they were trained with, or by prefix and lambda."""
+def panel_names(prefixes):
+    """What to call the models in their titles: by what they were trained with, or by prefix and lambda where that is not enough."""
     weights = [center_loss_weight(prefix) for prefix in prefixes]
     objectives = ['softmax only' if weight == 0 else f'softmax + center loss, λ = {weight:g}' for weight in weights if weight is not None]
-    if not by_prefix and len(set(objectives)) == len(set(prefixes)):
+    if len(set(objectives)) == len(set(prefixes)):
         return objectives
     return [prefix if weight is None else f'{prefix}, λ = {weight:g}' for prefix, weight in zip(prefixes, weights)]
 
@@ -216,8 +270,8 @@ def new_figure(rows, columns, width, height):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def plot_embeddings(ax, embeddings, labels, class_names, title, caption, plane=None):
-    """Draw embeddings into an axes: one colour per class, the class's name at the median of its cluster, equal axes.
+def plot_embeddings(ax, embeddings, labels, class_names, title, caption, num_seen=None, plane=None):
+    """Draw embeddings into an axes: one colour per class, the class's name at the median of its cluster, crosses for unseen classes, equal axes.
 
     Parameters
     ----------
@@ -229,6 +283,8 @@ def plot_embeddings(ax, embeddings, labels, class_names, title, caption, plane=N
     class_names : sequence of str
     title, caption : str
         What stands above and below.
+    num_seen : int, optional
+        Training has seen the first so many classes; by default all.
     plane : Plane, optional
         The plane that they are seen in, by default that of :func:`viewing_plane`.
     """
@@ -239,8 +295,9 @@ def plot_embeddings(ax, embeddings, labels, class_names, title, caption, plane=N
     for label, colour in enumerate(seaborn.color_palette(PALETTE, len(class_names))):
         cluster = points[labels == label]
         if len(cluster):
-            ax.scatter(*cluster.T, s=np.clip(25000 / len(labels), 1.5, 10), color=colour, alpha=0.5, linewidths=0, rasterized=True,
-                       label=class_names[label])
+            size = np.clip(25000 / len(labels), 1.5, 10)
+            marker = {'linewidths': 0} if num_seen is None or label < num_seen else {'marker': 'x', 'linewidths': 0.7, 's': 4 * size}
+            ax.scatter(*cluster.T, **{'s': size, **marker}, color=colour, alpha=0.5, rasterized=True, label=class_names[label])
             ax.text(*np.median(cluster, axis=0), class_names[label], color=colour, fontsize=font_size, fontweight='bold',
                     ha='center', va='center', path_effects=outline)
     ax.set_aspect('equal', adjustable='datalim')
@@ -259,7 +316,7 @@ def draw_embeddings(panels, class_names):
         if panel is None:
             ax.remove()
         else:
-            plot_embeddings(ax, panel.embeddings, panel.labels, class_names, panel.title, panel.caption)
+            plot_embeddings(ax, panel.embeddings, panel.labels, class_names, panel.title, panel.caption, panel.num_seen)
     return figure
 
 
@@ -298,7 +355,7 @@ def animate(panels, class_names, path):
 
     def draw(panel):
         ax.clear()
-        plot_embeddings(ax, panel.embeddings[shown], labels[shown], class_names, panel.title, panel.caption, plane)
+        plot_embeddings(ax, panel.embeddings[shown], labels[shown], class_names, panel.title, panel.caption, panel.num_seen, plane)
         ax.set_aspect('equal', adjustable='box')
         ax.set(xlim=limits[:, 0], ylim=limits[:, 1])
 
@@ -362,8 +419,8 @@ def draw_curves(paths):
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes[0].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=None))
     axes[1].set_yscale('log')  # the center loss of one run may be a hundred times that of another
-    axes[1].yaxis.set_major_formatter(matplotlib.ticker.LogFormatter())
-    axes[1].yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter())
+    axes[1].yaxis.set_major_formatter('{x:g}')
+    axes[1].yaxis.set_minor_formatter(lambda x, position: f'{x:g}' if f'{x:e}'[0] in '235' else '')
     axes[1].grid(which='minor')
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=min(len(logs), 3), frameon=False, fontsize=11)
     for path, curves in zip(paths, logs):
@@ -455,11 +512,11 @@ def main():
         figure = draw_curves(args.curves)
     else:
         runs = choose_runs(args)  # before the digits are searched for: the first thing to go wrong is a run that is not there
-        names = panel_names([prefix for prefix, _ in runs], by_prefix=bool(args.grid))
+        names = panel_names([prefix for prefix, _ in runs])
         digits = data.load_digits(args.dataset, args.data_dir)
         images, labels = (digits.train_images, digits.train_labels) if args.split == 'train' else (digits.val_images, digits.val_labels)
         bar = tqdm(list(zip(runs, names)), 'embedding', unit='checkpoint', leave=False, disable=None if args.animate else True)
-        panels = [make_panel(*run, name, images, labels, f'{digits.dataset} ({args.split})') for run, name in bar]
+        panels = [make_panel(*run, name, images, labels, f'{digits.dataset} ({args.split})', digits.class_names) for run, name in bar]
         if args.animate:
             animate(panels, digits.class_names, args.animate)
             return

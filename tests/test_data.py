@@ -129,6 +129,16 @@ def test_num_examples_are_the_first_ones():
     assert iterators(10, num_examples=10 ** 9)[0].num_batches == 400
 
 
+def test_some_classes_are_all_of_their_images_in_both_splits():
+    sample = load_digits('mnist-5k')
+    train, val = iterators(100, num_classes=3)
+    for iterator, images, labels in ((train, sample.train_images, sample.train_labels), (val, sample.val_images, sample.val_labels)):
+        found, found_labels, _ = epoch_of(iterator)
+        assert sorted_pairs((found * 256).astype(np.uint8), found_labels) == sorted_pairs(images[labels < 3][:, None], labels[labels < 3])
+    some, _ = iterators(10, num_classes=3, num_examples=30)
+    assert sorted(epoch_of(some)[1]) == sorted(sample.train_labels[sample.train_labels < 3][:30])
+
+
 def test_the_tail_that_fills_no_batch_is_left_out_of_the_epoch():
     train, _ = iterators(300)
     assert epoch_of(train)[2] == [300] * 13

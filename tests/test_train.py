@@ -94,6 +94,59 @@ def test_without_biases_the_embedding_and_the_last_layer_have_none():
     assert set(train.get_symbol().list_arguments()) - set(train.get_symbol(no_bias=True).list_arguments()) == {'embedding_bias', 'fc2_bias'}
 
 
+def test_lenet_plus_plus_is_that_of_the_paper_with_named_layers():
+    network = train.get_symbol(num_classes=6, embedding_dim=3, network='lenet++')
+    shapes, outputs, centers = network.infer_shape(data=(7, 1, 28, 28))
+    convolutions = {'1_1': (32, 1), '1_2': (32, 32), '2_1': (64, 32), '2_2': (64, 64), '3_1': (128, 64), '3_2': (128, 128)}
+    assert dict(zip(network.list_arguments(), shapes)) == {
+        'data': (7, 1, 28, 28), **{f'conv{name}_weight': (*filters, 5, 5) for name, filters in convolutions.items()},
+        **{f'conv{name}_bias': filters[:1] for name, filters in convolutions.items()},
+        **{f'prelu{name}_slope': (filters[0], 1, 1, 1) for name, filters in convolutions.items()},
+        'embedding_weight': (3, 1152), 'embedding_bias': (3,), 'fc2_weight': (6, 3), 'fc2_bias': (6,), 'softmax_label': (7,), 'center_label': (7,)}
+    assert dict(zip(network.list_outputs(), outputs)) == {'softmax_output': (7, 6), 'center_loss_output': (1,)}
+    assert dict(zip(network.list_auxiliary_states(), centers)) == {'center_loss_center_bias': (6, 3)}
+    layers = network.get_internals()
+    _, sizes, _ = layers.infer_shape(data=(1, 1, 28, 28))
+    assert [dict(zip(layers.list_outputs(), sizes))[f'pool{stage}_output'][2:] for stage in (1, 2, 3)] == [(14, 14), (7, 7), (3, 3)]
+
+
+@pytest.mark.parametrize('shape', [(5, 32, 28, 28), (3, 7, 5, 4), (1, 1, 1, 1)])
+def test_prelu_and_its_gradients_are_those_of_mxnets_own(shape):
+    rng = np.random.default_rng(0)
+    x, head, slope = rng.normal(size=shape), rng.normal(size=shape), rng.normal(size=shape[1])  # slopes below 0 and above 1 as well
+    x.flat[::11] = 0
+    found = []
+    for symbol, slope_shape in ((train.prelu(mx.sym.var('x'), shape[1], 'a'), (-1, 1, 1, 1)),
+                                (mx.sym.LeakyReLU(mx.sym.var('x'), gamma=mx.sym.var('a_slope'), act_type='prelu'), (-1,))):
+        arguments = {'x': mx.nd.array(x), 'a_slope': mx.nd.array(slope.reshape(slope_shape))}
+        gradients = {name: mx.nd.zeros_like(value) for name, value in arguments.items()}
+        executor = symbol.bind(mx.cpu(), arguments, gradients)
+        output, = executor.forward(is_train=True)
+        executor.backward(mx.nd.array(head))
+        found.append([output.asnumpy(), gradients['x'].asnumpy(), gradients['a_slope'].asnumpy().ravel()])
+    for name, ours, mxnets, size in zip(('output', 'x', 'slope'), *found, (1, 1, np.prod(shape) ** 0.5)):
+        np.testing.assert_allclose(ours, mxnets, rtol=1e-4, atol=1e-6 * size, err_msg=name)
+    np.testing.assert_allclose(found[0][0], np.where(x > 0, x, x * slope[:, None, None]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('initializer', ['xavier', 'mixed'])
+def test_slopes_begin_at_a_quarter_and_learn_without_weight_decay(initializer):
+    module = train_model.Module(train.get_symbol(network='lenet++'), label_names=LABELS)
+    module.bind([('data', (4, 1, 28, 28))], [(name, (4,)) for name in LABELS])
+    module.init_params(train_model.INITIALIZERS[initializer])
+    before = params_of(module)
+    slopes = [name for name in before if name.endswith('slope')]
+    assert len(slopes) == 6 and all((before[name] == 0.25).all() for name in slopes)
+    assert len(np.unique(before['conv3_2_weight'])) > 1000
+    images, labels = digits(4)
+    train_on(module, images, labels, learning_rate=0.1, wd=0.5)
+    gradient, = module._exec_group.execs[0].grad_dict['prelu3_1_slope'],
+    after = params_of(module)
+    assert np.abs(gradient.asnumpy()).max() > 0
+    np.testing.assert_allclose(before['prelu3_1_slope'] - after['prelu3_1_slope'], 0.1 * gradient.asnumpy() / 4, rtol=1e-3, atol=1e-7)
+    assert np.linalg.norm(after['conv3_2_weight']) < 0.97 * np.linalg.norm(before['conv3_2_weight'])
+
+
 @pytest.mark.parametrize('batch_size', [20, 50])
 def test_one_step_of_the_joint_objective_equals_the_hand_computed_one(batch_size):
     """lambda means lambda at any batch size: L = mean softmax loss + lambda * mean center loss, on real digits, in float64."""
@@ -231,6 +284,20 @@ def test_two_cpu_contexts_learn_what_one_learns(trained, tmp_path):
         assert two == pytest.approx(one, rel=0.2), name
 
 
+def test_some_digits_only_in_lenet_plus_plus_with_a_wide_embedding(tmp_path):
+    line = ['--dataset', 'mnist-5k', '--num-examples', 40, '--batch-size', 20, '--num-classes', 2, '--embedding-dim', 5, '--network', 'lenet++']
+    for epochs in (1, 2):
+        result = run(*line, '--num-epochs', epochs, '--resume', cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert 'data: mnist-5k, 40 training and 200 validation images' in result.stderr
+    network, arg_params, aux_params = mx.model.load_checkpoint(str(tmp_path / 'center_loss'), 2)
+    assert (arg_params['embedding_weight'].shape, arg_params['fc2_weight'].shape) == ((5, 1152), (2, 5))
+    assert aux_params['center_loss_center_bias'].shape == (2, 5)
+    assert (arg_params['prelu1_1_slope'].asnumpy() != 0.25).any()
+    other = run(*line, '--num-classes', 3, '--num-epochs', 3, '--resume', cwd=tmp_path)
+    assert other.returncode == 2 and 'is a checkpoint of another network' in other.stderr
+
+
 @pytest.mark.parametrize('options, said', [
     (['--gpus=a'], "--gpus: 'a' is not a list of device numbers"),
     (['--gpus=0,0'], "--gpus: '0,0' names a device twice"),
@@ -247,6 +314,10 @@ def test_two_cpu_contexts_learn_what_one_learns(trained, tmp_path):
     (['--num-examples=0'], '--num-examples: 0 is out of range'),
     (['--num-examples=all'], "--num-examples: 'all' is not a whole number"),
     (['--num-examples=99'], '--batch-size=100 is too large: it takes more images than the 99'),
+    (['--num-classes=1'], '--num-classes: 1 is out of range: it has to be at least 2'),
+    (['--num-classes=11'], '--num-classes: 11 is out of range: it has to be at most 10'),
+    (['--embedding-dim=0'], '--embedding-dim: 0 is out of range: it has to be at least 1'),
+    (['--network=resnet'], "--network: invalid choice: 'resnet'"),
     (['--num-epochs=-3'], '--num-epochs: -3 is out of range'),
     (['--num-epochs=2.5'], "--num-epochs: '2.5' is not a whole number"),
     (['--lr=0'], '--lr: 0 is out of range: it has to be greater than 0'),

@@ -39,6 +39,7 @@ def trained(tmp_path_factory):
                        cwd=folder, check=True, stderr=subprocess.DEVNULL, timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     untrained(folder / 'wide', train.get_symbol(embedding_dim=3))
     untrained(folder / 'narrow', train.get_symbol(embedding_dim=1))
+    untrained(folder / 'six', train.get_symbol(num_classes=6, embedding_dim=3))
     layers = train.get_symbol().get_internals()
     other = mx.sym.SoftmaxOutput(mx.sym.FullyConnected(layers['tanh3_output'], num_hidden=10, name='fc2'), name='softmax')
     untrained(folder / 'other', other)
@@ -164,8 +165,9 @@ def test_the_caption_says_how_compact_the_clusters_are(trained, sample, picture)
     assert numbers == pytest.approx([100 * accuracy_by_hand('center_loss', 2, sample.val_images, sample.val_labels), *expected], abs=0.0006)
 
 
-def test_nothing_covers_the_caption(trained, picture):
-    figure = picture('--compare', 'softmax')
+@pytest.mark.parametrize('compared', ['softmax', 'six'])
+def test_nothing_covers_the_caption(compared, trained, picture):
+    figure = picture('--compare', compared)
     figure.canvas.draw()
     width, height = figure.canvas.get_width_height()
     for ax in figure.axes:
@@ -192,6 +194,47 @@ def test_statistics_of_one_class_or_one_point_are_not_numbers():
     assert one.intra == 1 and np.isnan(one[1:]).all()
     point = vis.cluster_statistics(np.zeros((4, 2), 'f'), np.array([0, 0, 1, 1]))
     assert point[:2] == (0, 0) and np.isnan(point.ratio)
+
+
+def verification_by_hand(embeddings, labels, distance):
+    """Every pair of one class against every pair of two, one by one."""
+    same, different = [], []
+    for i in range(len(labels)):
+        for j in range(i):
+            (same if labels[i] == labels[j] else different).append(float(distance(embeddings[i].astype(float), embeddings[j].astype(float))))
+    wins = sum((one < two) + (one == two) / 2 for one in same for two in different)
+    # Of all thresholds that accept at most 1% of the pairs of two classes, the one that accepts the most of one class.
+    accepts = [sum(one <= threshold for one in same) for threshold in [-1, *same] if sum(two <= threshold for two in different) <= 0.01 * len(different)]
+    return wins / len(same) / len(different), max(accepts) / len(same)
+
+
+@pytest.mark.parametrize('dimensions, step', [(2, 0.5), (3, 0), (20, 0)])
+def test_verification_is_what_counting_the_pairs_gives(dimensions, step):
+    """On a coarse grid (step) many pairs are equally far."""
+    rng = np.random.default_rng(dimensions)
+    labels = rng.integers(6, 10, 40)
+    embeddings = rng.normal(size=(40, dimensions)) + 3 / dimensions ** 0.5 * rng.normal(size=(10, dimensions))[labels]
+    embeddings = (np.round(embeddings / step) * step if step else embeddings).astype('f')
+    measured = vis.verification(embeddings, labels)
+    assert measured == pytest.approx(verification_by_hand(embeddings, labels, lambda x, y: np.linalg.norm(x - y)))
+    assert 0.5 < measured.auc < 1 and 0 < measured.true_accepts < 1
+    if not step:
+        seen = np.concatenate([embeddings, embeddings[:9]]), np.concatenate([labels, np.arange(9) % 6])
+        unseen = vis.verify_unseen(*seen, num_seen=6)
+        assert unseen['Euclidean'] == pytest.approx(measured)
+        assert unseen['cosine'] == pytest.approx(verification_by_hand(embeddings, labels, lambda x, y: -x @ y / np.linalg.norm(x) / np.linalg.norm(y)))
+
+
+@pytest.mark.filterwarnings('error')
+def test_verification_at_its_ends():
+    labels = np.array([6, 6, 7, 7])
+    assert vis.verification(np.array([[0, 0], [0, 1], [9, 0], [9, 1]], 'f'), labels) == (1, 1)
+    assert vis.verification(np.array([[0, 0], [9, 0], [0, 0], [9, 0]], 'f'), labels) == (0.25, 0)
+    assert vis.verification(np.zeros((4, 2), 'f'), labels) == (0.5, 0)
+    assert np.isnan(vis.verification(np.eye(4, 2, dtype='f'), np.full(4, 9))).all()
+    assert np.isnan(vis.verification(np.zeros((0, 2), 'f'), np.zeros(0))).all()
+    zeros = vis.verify_unseen(np.zeros((4, 2), 'f'), labels, num_seen=6)
+    assert zeros['cosine'] == (0.5, 0)
 
 
 @pytest.mark.parametrize('dimensions', [2, 5])
@@ -265,6 +308,23 @@ def test_more_than_two_dimensions_are_seen_in_their_principal_components(trained
     assert caption(ax)[1][1:] == pytest.approx(statistics_by_hand(embeddings, sample.val_labels), abs=0.0006)  # of all three
 
 
+def test_unseen_classes_are_crosses_and_verified(trained, sample, picture, capsys):
+    ax, = picture('--model-prefix', 'six').axes
+    embeddings, probability = by_hand('six', 1, sample.val_images)
+    seen = sample.val_labels < 6
+    accuracy = np.mean(probability.argmax(axis=1)[seen] == sample.val_labels[seen])
+    assert ax.get_title().endswith(f': {accuracy:.2%}')
+    drawn = points(ax)
+    assert list(drawn) == NAMES and sum(map(len, drawn.values())) == len(sample.val_labels)
+    crosses = [len(collection.get_paths()[0].vertices) == 4 for collection in ax.collections]
+    assert crosses == [False] * 6 + [True] * 4
+    expected = vis.verify_unseen(embeddings, sample.val_labels, 6)
+    said = [f'{distance}: AUC {expected[distance].auc:.4f}, {expected[distance].true_accepts:.1%} true accepts at 1% false'
+            for distance in ('Euclidean', 'cosine')]
+    assert ax.texts[-1].get_text().splitlines()[1:] == ['× unseen in training: 6, 7, 8, 9; pairs of their images by distance,', *said]
+    assert capsys.readouterr().out.splitlines()[1] == f'    unseen in training: 6, 7, 8, 9; pairs of their images by distance, {"; ".join(said)}'
+
+
 def test_a_plane_does_not_depend_on_the_order_and_turns_nothing_over():
     rng = np.random.default_rng(0)
     embeddings = (rng.normal(size=(300, 4)) * [1, 5, 3, 0.5] + 7).astype('f')
@@ -291,17 +351,17 @@ def test_the_command_writes_the_picture_and_says_the_numbers(trained, sample):
 def test_the_accuracy_is_the_one_in_the_log(trained, sample):
     log = (trained / 'log.txt').read_text()
     logged = float(re.findall(r'Epoch\[1\] Validation-accuracy=(\S+)', log)[0])
-    _, predictions = vis.embed('center_loss', 2, sample.val_images)
-    assert np.mean(predictions == sample.val_labels) == pytest.approx(logged, abs=1e-6)
+    _, logits = vis.embed('center_loss', 2, sample.val_images)
+    assert np.mean(logits.argmax(axis=1) == sample.val_labels) == pytest.approx(logged, abs=1e-6)
 
 
 @pytest.mark.parametrize('count, batch_size', [(1, 1000), (999, 1000), (2001, 1000), (50, 7)])
 def test_any_number_of_images_is_embedded_once(count, batch_size, trained, sample):
-    embeddings, predictions = vis.embed('center_loss', 2, sample.train_images[:count], batch_size)
+    embeddings, logits = vis.embed('center_loss', 2, sample.train_images[:count], batch_size)
     expected, probability = by_hand('center_loss', 2, sample.train_images[:count])
     np.testing.assert_allclose(embeddings, expected, atol=1e-4)
-    np.testing.assert_array_equal(predictions, probability.argmax(axis=1))
-    assert embeddings.dtype == np.float32 and predictions.dtype.kind == 'i'
+    np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True), probability, atol=1e-5)
+    assert embeddings.dtype == logits.dtype == np.float32
 
 
 def test_the_newest_epoch_is_the_highest(tmp_path):

@@ -1,0 +1,201 @@
+"""The README's results: every training run, the table and the pictures.
+
+    python tests/reproduce.py --data-dir DIR --images images           everything, three seeds each, in reproduction/: days on two cores
+    python tests/reproduce.py --only lambda ring --seeds 1             some parts
+    python tests/reproduce.py --dataset mnist-5k --num-epochs 5        a trial on the embedded digits
+
+A run is ``python train.py`` with the options that stand in the table. Started again, it skips the runs that are finished and continues the one
+that was interrupted. Of a finished run only the last parameters stay, and those of every epoch of the one that is animated.
+"""
+
+import json
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import data  # noqa: E402
+import vis  # noqa: E402
+from runtime import ArgumentParser, Failure, InputError, available_cpus, number, run_script  # noqa: E402
+from train_model import Checkpoints  # noqa: E402
+
+JOINT = '--center-loss-weight=0.1'  # where one lambda stands for center loss
+RUNS = {
+    'softmax': '--center-loss-weight=0',
+    **{f'lambda-{weight}': f'--center-loss-weight={weight}' for weight in ('0.001', '0.01', '0.1', '1')},
+    **{f'alpha-{alpha}': f'{JOINT} --alpha={alpha}' for alpha in ('0.01', '0.1', '1')},  # 0.5 is the default: lambda-0.1
+    'ring-softmax': '--no-bias --center-loss-weight=0',
+    'ring-joint': f'--no-bias {JOINT}',
+    'lenet++-softmax': '--network=lenet++ --center-loss-weight=0',
+    'lenet++-joint': f'--network=lenet++ {JOINT}',
+    **{f'open-set-{dim}-{name}': f'--num-classes=6 --embedding-dim={dim} {objective}'
+       for dim in (2, 32) for name, objective in (('softmax', '--center-loss-weight=0'), ('joint', JOINT))},
+}
+LAMBDAS = ['softmax', 'lambda-0.001', 'lambda-0.01', 'lambda-0.1', 'lambda-1']
+ALPHAS = ['alpha-0.01', 'alpha-0.1', 'lambda-0.1', 'alpha-1']
+ANIMATED = 'lambda-0.1'
+PARTS = {'lambda': LAMBDAS, 'alpha': ALPHAS, **{part: [name for name in RUNS if name.startswith(part)] for part in ('ring', 'lenet++', 'open-set')}}
+
+# (part, file, options of vis.py), of the first seed
+PICTURES = [
+    ('lambda', 'mnist.png', ['--compare', 'softmax', '--model-prefix', 'lambda-0.1']),
+    ('lambda', 'lambda.png', ['--grid', *LAMBDAS]),
+    ('lambda', 'curves.png', ['--curves', 'softmax.txt', 'lambda-0.1.txt']),
+    ('lambda', 'evolution.gif', ['--model-prefix', ANIMATED]),
+    ('alpha', 'alpha.png', ['--grid', *ALPHAS]),
+    ('ring', 'ring.png', ['--compare', 'ring-softmax', '--model-prefix', 'ring-joint']),
+    ('lenet++', 'lenet++.png', ['--compare', 'lenet++-softmax', '--model-prefix', 'lenet++-joint']),
+    *[('open-set', f'open-set-{dim}.png', ['--compare', f'open-set-{dim}-softmax', '--model-prefix', f'open-set-{dim}-joint']) for dim in (2, 32)],
+]
+
+COLUMNS = {'accuracy': '{:.2%}', 'intra': '{:.3f}', 'inter': '{:.3f}', 'ratio': '{:.4f}', 's/epoch': '{:.1f}', 'AUC': '{:.4f}', 'TA at 1% FA': '{:.1%}',
+           'AUC (cosine)': '{:.4f}', 'TA (cosine)': '{:.1%}'}
+
+
+class Run:
+    """One training run: a name of RUNS and a seed, in the folder of the seed. Its record, a .json file, has the command and, at the end, the result."""
+
+    def __init__(self, name, seed, args):
+        self.name = name
+        self.folder = args.work / f'seed-{seed}'
+        self.record = self.folder / f'{name}.json'
+        self.num_epochs = args.num_epochs
+        self.keep_all = name == ANIMATED and seed == 0
+        self.command = [*shlex.split(RUNS[name]), *common_options(args), f'--seed={seed}', f'--save-model-prefix={name}', f'--log-file={name}.txt']
+
+    def result(self):
+        """What is measured of the finished run, by column, or {'failure': sentence}; None where it is not finished."""
+        if not self.record.exists():
+            return None
+        record = json.loads(self.record.read_text())
+        if record['command'] != self.command:
+            raise InputError(f'{self.record} is of another command, {shlex.join(record["command"])}: choose another --work, or remove it')
+        return record.get('result')
+
+    def write(self, **result):
+        beside = self.record.with_name(f'.{self.record.name}')
+        beside.write_text(json.dumps({'command': self.command, **result}, indent=1))
+        beside.replace(self.record)
+
+    def train(self, progress):
+        """Train to the end, from wherever it is, and write the result. ``progress`` is moved on by every epoch."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.write()
+        before = len(Checkpoints(str(self.folder / self.name)).epochs())
+        progress.update(before)
+        with subprocess.Popen([sys.executable, ROOT / 'train.py', *self.command, '--resume'], cwd=self.folder, stderr=subprocess.PIPE, text=True) as process:
+            last = ''
+            try:
+                for last in process.stderr:
+                    if 'Validation-center_loss' in last:
+                        progress.update()
+            except KeyboardInterrupt:
+                process.terminate()  # it stops at the end of the batch; the next start continues it
+                raise
+        sentence = last.strip().removeprefix('train.py: error: ')
+        if process.returncode and 'diverged' not in sentence:
+            raise Failure(f'{self.name}: {sentence}')
+        self.write(result={'failure': sentence} if process.returncode else self.measure())
+        self.clean_up()
+
+    def measure(self):
+        """Embed all validation images with the last checkpoint, and measure."""
+        options = dict(option.split('=', 1) for option in self.command if '=' in option)
+        digits = data.load_digits(options['--dataset'], options.get('--data-dir'))
+        embeddings, logits = vis.embed(str(self.folder / self.name), self.num_epochs, digits.val_images)
+        num_seen, labels = logits.shape[1], digits.val_labels
+        seen = labels < num_seen
+        seconds = re.findall(r'Time cost=(\S+)', (self.folder / f'{self.name}.txt').read_text())
+        values = [np.mean(logits.argmax(axis=1)[seen] == labels[seen]), *vis.cluster_statistics(embeddings, labels), statistics.median(map(float, seconds))]
+        if num_seen < len(digits.class_names):
+            values += [value for verified in vis.verify_unseen(embeddings, labels, num_seen).values() for value in verified]
+        return dict(zip(COLUMNS, map(float, values)))
+
+    def clean_up(self):
+        checkpoints = Checkpoints(str(self.folder / self.name))
+        for epoch in checkpoints.epochs():
+            checkpoints.states(epoch).unlink(missing_ok=True)
+            if epoch < self.num_epochs and not self.keep_all:
+                checkpoints.params(epoch).unlink()
+
+
+def common_options(args):
+    """The options of train.py that are the same in all runs."""
+    return [f'--dataset={args.dataset}', *([f'--data-dir={Path(args.data_dir).resolve()}'] if args.data_dir else []),
+            f'--num-epochs={args.num_epochs}', f'--num-examples={args.num_examples}', *shlex.split(args.options)]
+
+
+def table(results):
+    """Markdown of {name: [result of each seed that is finished]}: mean and standard deviation over the seeds."""
+    lines = []
+    for with_unseen in (False, True):
+        columns = list(COLUMNS) if with_unseen else list(COLUMNS)[:5]
+        rows = {name: found for name, found in results.items() if found and ('--num-classes' in RUNS[name]) == with_unseen}
+        if rows:
+            lines += ['', f'| options | seeds | {" | ".join(columns)} |', '| --- | --- |' + ' ---: |' * len(columns)]
+        for name, found in rows.items():
+            whole = [result for result in found if 'failure' not in result]
+            cells = [mean_and_spread(COLUMNS[column], [result[column] for result in whole]) for column in columns]
+            failed = f', {len(found) - len(whole)} diverged' if len(whole) < len(found) else ''
+            lines.append(f'| `{RUNS[name]}` | {len(found)}{failed} | {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def mean_and_spread(form, values):
+    if not values:
+        return ''
+    mean = form.format(statistics.mean(values))
+    return mean if len(values) == 1 else f'{mean} ± {form.format(statistics.stdev(values)).rstrip("%")}'
+
+
+def draw(args):
+    """Write the pictures of the chosen parts whose runs are there, and show the command of each."""
+    source = [f'--dataset={args.dataset}', *([f'--data-dir={Path(args.data_dir).resolve()}'] if args.data_dir else [])]
+    args.images.mkdir(parents=True, exist_ok=True)
+    for part, file, options in PICTURES:
+        if part in args.only:
+            target = str((args.images / file).resolve())
+            options = [*options, '--animate' if file.endswith('.gif') else '--output', target, *(source if '--curves' not in options else [])]
+            print('$', shlex.join(['python', 'vis.py', *options]))
+            drawn = subprocess.run([sys.executable, ROOT / 'vis.py', *options], cwd=args.work / 'seed-0')
+            if drawn.returncode:
+                print(f'{file} was not drawn', file=sys.stderr)
+
+
+def main():
+    parser = ArgumentParser(description="Make the README's results: training runs, table, pictures.")
+    data.add_data_arguments(parser)
+    parser.set_defaults(dataset='mnist')
+    parser.add_argument('--work', type=Path, default='reproduction', metavar='DIR', help='folder of the runs, and where a stopped programme continues')
+    parser.add_argument('--images', type=Path, metavar='DIR', help='write the pictures to this folder')
+    parser.add_argument('--only', nargs='+', choices=list(PARTS), default=list(PARTS), metavar='PART', help='some of: ' + ', '.join(PARTS))
+    parser.add_argument('--seeds', type=number(int, minimum=1), default=3, metavar='N', help='every run with the seeds 0 to N-1')
+    parser.add_argument('--num-epochs', type=number(int, minimum=1), default=20, metavar='N', help='epochs of every run')
+    parser.add_argument('--num-examples', type=number(int, minimum=1), default=60000, metavar='N', help='use only the first N training images')
+    parser.add_argument('--options', default='--batch-size=128', help='options of train.py for every run, as one argument')
+    args = parser.parse_args()
+
+    names = [name for name in RUNS if any(name in PARTS[part] for part in args.only)]
+    runs = [Run(name, seed, args) for seed in range(args.seeds) for name in names]
+    unfinished = [run for run in runs if run.result() is None]
+    with tqdm(total=len(unfinished) * args.num_epochs, unit='epoch', disable=None) as progress:
+        for run in unfinished:
+            progress.set_description(f'{run.name}, {run.folder.name}')
+            run.train(progress)
+    print(f'\n{args.data_dir or args.dataset}, {args.num_epochs} epochs, {args.seeds} seeds (mean ± standard deviation), {available_cpus()} processors; '
+          f'every run: python train.py {shlex.join(common_options(args))} and')
+    print(table({name: [run.result() for run in runs if run.name == name] for name in names}))
+    if args.images:
+        draw(args)
+
+
+if __name__ == '__main__':
+    run_script(main)
