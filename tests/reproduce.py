@@ -1,6 +1,6 @@
 """The README's results: every training run, the table and the pictures.
 
-    python tests/reproduce.py --data-dir DIR --images images           everything, three seeds each, in reproduction/: days on two cores
+    python tests/reproduce.py --data-dir DIR --images images           everything, three seeds each, in reproduction/: most of a day on two cores
     python tests/reproduce.py --only lambda ring --seeds 1             some parts
     python tests/reproduce.py --dataset mnist-5k --num-epochs 5        a trial on the embedded digits
 
