@@ -34,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from center_loss import Accuracy, CenterLossMetric
+from center_loss import Accuracy, CenterLossMetric, read_centers, write_centers
 from runtime import ROLE, THREADS_ARE_CHOSEN_HERE, Failure, InputError, Terminated, available_cpus, mx
 
 MOMENTUM = 0.9
@@ -148,13 +148,11 @@ def connected(kind, checkpoints):
                 checkpoints.check_folder()
             yield kv
         except BaseException:
-            # The others do not come to the barrier at which MXNet would wait for them, and they may have left what this one waits for.
+            # The others do not come to the barrier at which MXNet would wait for them.
             mx.base.check_call(mx.base._LIB.MXKVStoreSetBarrierBeforeExit(kv.handle, 0))
-            deadline = threading.Timer(NODE_TIMEOUT, os._exit, [Failure.status])
-            deadline.daemon = True
-            deadline.start()
             raise
         finally:
+            watch.leave_after(2 * NODE_TIMEOUT, 'the other nodes have not come to the end of the run')
             mx.base.check_call(mx.base._LIB.MXKVStoreFree(kv.handle))
             kv.handle = mx.base.KVStoreHandle()  # null: nothing is left for its destructor
 
@@ -193,9 +191,10 @@ class Watch:
         self.kv = None
         self.launcher = os.environ.get('LAUNCHER_PID')
         self.done = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
 
     def __enter__(self):
-        threading.Thread(target=self.watch, daemon=True).start()
+        self.thread.start()
         return self
 
     def __exit__(self, *error):
@@ -220,9 +219,16 @@ class Watch:
 
     def count_dead(self, group, timeout):
         number = ctypes.c_int()
-        if not self.done.is_set():
-            mx.base.check_call(mx.base._LIB.MXKVStoreGetNumDeadNode(self.kv.handle, group, ctypes.byref(number), timeout))
+        mx.base.check_call(mx.base._LIB.MXKVStoreGetNumDeadNode(self.kv.handle, group, ctypes.byref(number), timeout))
         return number.value
+
+    def leave_after(self, seconds, what):
+        """Watch no more over the nodes, but over the end of this process's part in the run."""
+        self.done.set()
+        self.thread.join()  # it may be asking the kvstore that is about to be freed
+        deadline = threading.Timer(seconds, self.leave, [f'{what} within {seconds} s'])
+        deadline.daemon = True
+        deadline.start()
 
     def leave(self, what):
         """Tell it as a Failure would be told, in the log file and on stderr, and end the process."""
@@ -495,6 +501,7 @@ class Module(mx.mod.Module):
     """
 
     initial_momentum = None
+    _before = None  # labels and centers before the step that is under way, where its parts are to be joined
 
     def get_params(self):
         # The engine is not told that the operator's backward writes the centers: without this it lets them be read while the last step is under way.
@@ -517,10 +524,9 @@ class Module(mx.mod.Module):
                 momentum = self.initial_momentum.get(name)
                 self.initial_momentum[name] = of_rank_0(self._kvstore, f'momentum:{name}', mx.nd.zeros(copies[0].shape) if momentum is None else momentum)
         for name, copies in self._centers():
-            for copy in copies:
-                copy[:] = of_rank_0(self._kvstore, name, copy.as_in_context(mx.cpu())) if copy is copies[0] else copies[0]
-            dimension = copies[0].shape[1]
-            self._kvstore.init(f'steps:{name}', mx.nd.zeros((self._num_workers(), self._exec_group.batch_size, 2 + dimension)))
+            self._kvstore.init(name, copies[0])
+            self._kvstore.pull(name, out=copies)
+            self._kvstore.init(f'steps:{name}', mx.nd.zeros((self._num_workers(), self._exec_group.batch_size, 2 + copies[0].shape[1])))
         self._params_dirty = True
 
     def _num_workers(self):
@@ -531,16 +537,14 @@ class Module(mx.mod.Module):
         return [(name, copies) for name, copies in zip(self._aux_names, self._exec_group.aux_arrays) if name.endswith('center_bias')]
 
     def forward_backward(self, data_batch):
-        self._before = None
         if len(self._context) > 1 or self._num_workers() > 1:
             label = data_batch.label[[name for name, _ in self.label_shapes].index('center_label')].asnumpy()  # (B,)
-            self._before = label, [rows(copies[0], label) for _, copies in self._centers()]
+            self._before = label, [read_centers(copies[0], label) for _, copies in self._centers()]
         super().forward_backward(data_batch)
 
     def update(self):
         super().update()
         if self._before is not None:
-            mx.nd.waitall()  # as in get_params
             label, before = self._before
             for (name, copies), start in zip(self._centers(), before):
                 self._join_steps(name, copies, label, start)
@@ -553,16 +557,16 @@ class Module(mx.mod.Module):
         parts = []
         for copy, share in zip(copies, self._exec_group.slices):
             classes, first, count = np.unique(label[share], return_index=True, return_counts=True)
-            parts.append((classes, count, (1 + count[:, None]) * (rows(copy, classes) - before[share][first])))
+            parts.append((classes, count, (1 + count[:, None]) * (read_centers(copy, classes) - before[share][first])))
         classes, count, step = summed(parts)
         if self._num_workers() > 1:
             classes, count, step = summed(self._of_all_workers(name, classes, count, step))
-        start = rows(copies[0], classes)
+        start = read_centers(copies[0], classes)
         own, first = np.unique(label, return_index=True)
         start[np.isin(classes, own)] = before[first]  # those of other workers' classes have not moved here
         joined = start + step / (1 + count[:, None])
         for copy in copies:
-            copy[mx.nd.array(classes, ctx=copy.context)] = mx.nd.array(joined, ctx=copy.context)
+            write_centers(copy, classes, joined)
 
     def _of_all_workers(self, name, classes, count, step):
         """What every worker has for the center loss ``name``, in the order of their ranks: [(classes, count, step)].
@@ -580,11 +584,6 @@ class Module(mx.mod.Module):
     def momentum(self):
         """Momentum of every parameter by name. All devices and workers hold the same."""
         return {self._optimizer.idx2name[index]: state for index, state in self._updater.states.items()}
-
-
-def rows(array, numbers):
-    """Some rows of an NDArray as a NumPy array, for any size of the whole."""
-    return mx.nd.take(array, mx.nd.array(numbers, ctx=array.context)).asnumpy()
 
 
 def summed(parts):
