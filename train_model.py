@@ -537,9 +537,10 @@ class Module(mx.mod.Module):
         return [(name, copies) for name, copies in zip(self._aux_names, self._exec_group.aux_arrays) if name.endswith('center_bias')]
 
     def forward_backward(self, data_batch):
-        if len(self._context) > 1 or self._num_workers() > 1:
+        centers = self._centers()
+        if centers and (len(self._context) > 1 or self._num_workers() > 1):
             label = data_batch.label[[name for name, _ in self.label_shapes].index('center_label')].asnumpy()  # (B,)
-            self._before = label, [read_centers(copies[0], label) for _, copies in self._centers()]
+            self._before = label, [read_centers(copies[0], label) for _, copies in centers]
         super().forward_backward(data_batch)
 
     def update(self):
