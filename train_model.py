@@ -42,7 +42,7 @@ WEIGHT_DECAY = 5e-4
 LOG_EVERY = 50  # batches between two lines of the log
 
 # Seconds after which a node of a distributed run that is not heard of is given up, and seconds from the start of its first node to that of its last.
-NODE_TIMEOUT = int(os.environ.setdefault('PS_HEARTBEAT_TIMEOUT', '20'))
+NODE_TIMEOUT = max(2, int(os.environ.setdefault('PS_HEARTBEAT_TIMEOUT', '20')))
 START_TIMEOUT = 120
 os.environ.setdefault('PS_HEARTBEAT_INTERVAL', '1')
 
@@ -142,7 +142,8 @@ def connected(kind, checkpoints):
         return
     check_environment(kind)
     with Watch(checkpoints.how_to_continue) as watch:
-        watch.kv = kv = mx.kv.create(kind)
+        with signals_that_end():
+            watch.kv = kv = mx.kv.create(kind)
         try:
             if kv.rank == 0:
                 checkpoints.check_folder()
@@ -167,9 +168,22 @@ def check_environment(kind):
 def serve():
     """Be the scheduler or a server, as DMLC_ROLE says, until the workers are done."""
     check_environment('dist_sync')
-    with Watch(lambda: 'continue with --resume on every worker') as watch:
+    with Watch(lambda: 'continue with --resume on every worker') as watch, signals_that_end():
         watch.kv = mx.kv.create('dist_sync')
         mx.kvstore.kvstore_server.KVStoreServer(watch.kv).run()
+
+
+@contextlib.contextmanager
+def signals_that_end():
+    """Within it, Ctrl-C and SIGTERM end the process at once: it waits within MXNet, where Python's own handlers do not get their turn."""
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class Watch:

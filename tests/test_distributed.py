@@ -229,3 +229,14 @@ def test_the_workers_option_chooses_a_distributed_kvstore():
     assert options('--num-workers', 2).kv_store == 'dist_sync'
     assert options('--num-workers', 2, '--kv-store', 'device').kv_store == 'dist_device_sync'
     assert options().kv_store == 'local'
+
+
+def test_a_node_that_waits_for_the_others_can_be_stopped():
+    with nodes([sys.executable, ROOT / 'train.py', '--kv-store=dist_sync'], workers=1) as processes:
+        for name in ('scheduler', 'worker 0'):
+            processes.pop(name).kill()
+        process = processes['server 0']
+        wait_for(lambda: b'libmxnet' in Path(f'/proc/{process.pid}/maps').read_bytes())
+        time.sleep(0.5)  # until it waits
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=10)
