@@ -3,7 +3,8 @@
 Every script takes MXNet from here, ``from runtime import mx``, so that the order below cannot be got wrong:
 
 * NumPy's old aliases (``np.bool`` and friends), which MXNet 1.9.1 still uses, are restored where NumPy >= 1.24 left them out;
-* the number of CPU threads is chosen: OpenMP reads it once, when MXNet is loaded.
+* the number of CPU threads is chosen: OpenMP reads it once, when MXNet is loaded;
+* a process with DMLC_ROLE=scheduler or server does not become one by the mere import, so that the program can watch over it.
 """
 
 import argparse
@@ -53,11 +54,16 @@ def available_cpus():
     return max(1, min(cpus, math.floor(int(quota) / int(period))))
 
 
+# What this process is in a run of several (worker, server or scheduler). MXNet reads it at its import, where a server or scheduler would stay for
+# good; it gets it back afterwards.
+ROLE = os.environ.pop('DMLC_ROLE', None)
+
 # Left alone, MXNet takes half of the processors it sees. Threads that wait actively hand over between two operators without going
 # to sleep: with LeNet's short operators that is the difference between a slower and a faster step. After some 30 ms without work they
 # do sleep, so that nothing is taken from others while a window is open or a file is read. What the user has set stays.
-if 'OMP_NUM_THREADS' not in os.environ:
-    os.environ['OMP_NUM_THREADS'] = str(available_cpus())
+THREADS_ARE_CHOSEN_HERE = 'OMP_NUM_THREADS' not in os.environ
+if THREADS_ARE_CHOSEN_HERE:
+    os.environ['OMP_NUM_THREADS'] = str(available_cpus() if ROLE in (None, 'worker') else 1)
     if 'OMP_WAIT_POLICY' not in os.environ:
         os.environ['OMP_WAIT_POLICY'] = 'active'
         os.environ.setdefault('GOMP_SPINCOUNT', '3000000')
@@ -72,7 +78,10 @@ with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # of MXNet's own use of what Python and NumPy have deprecated since
     import mxnet as mx
 
-__all__ = ['ArgumentParser', 'Failure', 'InputError', 'Terminated', 'available_cpus', 'memory_of', 'mx', 'number', 'run_script']
+if ROLE is not None:
+    os.environ['DMLC_ROLE'] = ROLE
+
+__all__ = ['ROLE', 'THREADS_ARE_CHOSEN_HERE', 'ArgumentParser', 'Failure', 'InputError', 'Terminated', 'available_cpus', 'memory_of', 'mx', 'number', 'run_script']
 
 
 class _Lent:

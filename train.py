@@ -6,6 +6,7 @@
     python train.py --network=lenet++ --no-bias          the paper's network for its figures, clusters on a ring
     python train.py --num-classes=6 --embedding-dim=32   six digits only: what is the embedding worth for the four that it has never seen?
     python train.py --gpus=0,1 --batch-size=256
+    python train.py --num-workers=2 --batch-size=64      two workers on this machine, with 128 images in every step
     python train.py --resume                             continue after a stop
 
 The objective is Eq. 5 of Wen, Zhang, Li, Qiao: A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016,
@@ -15,14 +16,14 @@ The objective is Eq. 5 of Wen, Zhang, Li, Qiao: A Discriminative Feature Learnin
 with both terms the mean over the batch. ``tail -f log.txt`` follows a run, ``python vis.py`` shows what came of it.
 """
 
-from runtime import ArgumentParser, mx, number, run_script  # first, for a Ctrl-C while all this is imported
+from runtime import ROLE, ArgumentParser, mx, number, run_script  # first, for a Ctrl-C while all this is imported
 
 import argparse
 import functools
 
 import center_loss  # noqa: F401  (registers the operator)
 import data
-from train_model import INITIALIZERS, fit
+from train_model import INITIALIZERS, fit, run_workers, serve
 
 IMAGE_SHAPE = (1, 28, 28)
 NUM_CLASSES = 10
@@ -145,7 +146,7 @@ def parse_args(argv=None):
     training.add_argument('--gpus', type=device_numbers, default='', metavar='LIST', help='GPUs that share every batch, such as 0,1; empty: the CPU')
     training.add_argument('--cpus', type=device_numbers, default='', metavar='LIST',
                           help='CPU contexts that share every batch as GPUs would, such as 0,1; empty: one')
-    training.add_argument('--batch-size', type=number(int, minimum=1), default=100, metavar='B', help='images in a batch, over all devices')
+    training.add_argument('--batch-size', type=number(int, minimum=1), default=100, metavar='B', help='images in a batch of one worker, over all its devices')
     training.add_argument('--num-epochs', type=number(int, minimum=1), default=20, metavar='N', help='epochs in all, with those before --resume')
     training.add_argument('--lr', type=number(float, above=0, maximum=1e6), default=0.02, help='learning rate of SGD (momentum 0.9, weight decay 5e-4)')
     training.add_argument('--embedding-lr-mult', type=number(float, above=0, maximum=1e6), default=0.25, metavar='M',
@@ -156,8 +157,10 @@ def parse_args(argv=None):
                           help='in epochs; 0.5 is half an epoch')
     training.add_argument('--clip-gradient', type=number(float, minimum=1e-30, maximum=1e30), metavar='C',
                           help='cut every element of a gradient (of the mean over the batch) to [-C, C]')
-    training.add_argument('--kv-store', choices=['local', 'device', 'dist_sync', 'dist_device_sync'], default='local',
+    training.add_argument('--kv-store', type=kvstore, choices=['local', 'device', 'dist_sync', 'dist_device_sync'], default='local',
                           help='how gradients are summed: over the devices of this process (local: on the CPU, device: on the GPUs), or over machines')
+    training.add_argument('--num-workers', type=number(int, minimum=1), metavar='W',
+                          help='run W workers on this machine, with a scheduler and a server for them, instead of one process; --kv-store is dist_sync then')
     training.add_argument('--seed', type=number(int, minimum=0, maximum=2**31 - 1), default=0, help='of the initial weights and of the shuffles')
 
     files = parser.add_argument_group('checkpoints and log')
@@ -174,7 +177,17 @@ def parse_args(argv=None):
         parser.error(f'{given} needs {missing} beside it')
     if args.gpus and args.cpus:
         parser.error('--gpus and --cpus both name the devices: give one of them')
+    if args.num_workers and 'dist' not in args.kv_store:
+        args.kv_store = 'dist_device_sync' if args.kv_store == 'device' else 'dist_sync'
     return args
+
+
+def kvstore(text):
+    """An argparse type that says why one of MXNet's kvstores is missing among the choices."""
+    if text == 'dist_async':
+        raise argparse.ArgumentTypeError('dist_async lets every worker go on with weights of its own age, and the centers of Eq. 4 would belong to none of '
+                                         'them: take dist_sync')
+    return text
 
 
 def device_numbers(text):
@@ -191,6 +204,10 @@ def device_numbers(text):
 
 def main():
     args = parse_args()
+    if ROLE in ('scheduler', 'server'):
+        return serve()
+    if args.num_workers and ROLE is None:
+        return run_workers(args)
     network = get_symbol(args.num_classes, args.center_loss_weight, args.alpha, args.embedding_dim, args.no_bias, args.embedding_lr_mult, args.network)
     data_loader = functools.partial(data.mnist_iterator, dataset=args.dataset, data_dir=args.data_dir, seed=args.seed, num_examples=args.num_examples,
                                     num_classes=args.num_classes)

@@ -13,6 +13,7 @@ A prefix holds one run. Each file is written beside its place and moved there wh
 """
 
 import contextlib
+import ctypes
 import hashlib
 import itertools
 import json
@@ -23,21 +24,29 @@ import os
 import re
 import shlex
 import signal
+import socket
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from center_loss import Accuracy, CenterLossMetric
-from runtime import Failure, InputError, Terminated, mx
+from center_loss import Accuracy, CenterLossMetric, read_centers, write_centers
+from runtime import ROLE, THREADS_ARE_CHOSEN_HERE, Failure, InputError, Terminated, available_cpus, mx
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 LOG_EVERY = 50  # batches between two lines of the log
 COLLAPSED = 1e-4  # of 1/K, see stop_unless_sound
+
+# Seconds after which a node of a distributed run that is not heard of is given up, and seconds from the start of its first node to that of its last.
+NODE_TIMEOUT = max(2, int(os.environ.setdefault('PS_HEARTBEAT_TIMEOUT', '20')))
+START_TIMEOUT = 120
+os.environ.setdefault('PS_HEARTBEAT_INTERVAL', '1')
 
 # What may differ between a run and its continuation without changing a single weight.
 NOT_OF_THE_RUN = {'data_dir', 'log_dir', 'log_file', 'load_epoch', 'model_prefix', 'num_epochs', 'resume', 'save_model_prefix'}
@@ -76,31 +85,41 @@ def fit(args, network, data_loader, data_shape, devices=None):
     if args.batch_size % len(devices):
         raise InputError(f'--batch-size={args.batch_size} cannot be shared equally by {len(devices)} devices: take a multiple of {len(devices)}')
     checkpoints = Checkpoints(args.save_model_prefix)
-    checkpoints.check_folder()
-    kv = mx.kv.create(args.kv_store)
-    with logging_to(Path(args.log_dir) / args.log_file, kv.rank) as begin_log, told_when_stopped(checkpoints):
+    log_path = Path(args.log_dir) / args.log_file
+    with connected(args.kv_store, checkpoints) as kv, logging_to(log_path, kv.rank) as begin_log, told_when_stopped(checkpoints):
+        args.num_workers = kv.num_workers
         logging.info('start with arguments %s', args)
         mx.random.seed(args.seed)
         np.random.seed(args.seed)
         module = Module(network, label_names=['softmax_label', 'center_label'], context=devices)
-        first_epoch, arg_params, aux_params = starting_point(args, checkpoints, module, data_shape)
+        first_epoch, arg_params, aux_params = 0, None, None
+        if kv.rank == 0:
+            first_epoch, arg_params, aux_params = starting_point(args, checkpoints, module, data_shape)
+        if kv.num_workers > 1:
+            first_epoch = follow_rank_0(kv, checkpoints, module, first_epoch)
         train, val = data_loader(args.batch_size, data_shape, num_parts=kv.num_workers, part_index=kv.rank, first_epoch=first_epoch)
         options = options_of_the_run(args, train)
         say_what_differs(checkpoints, options)
+        if kv.num_workers > 1:
+            check_agreement(kv, options)
         begin_log()
 
         def finish_epoch(epoch, symbol, arg_params, aux_params):
-            """Validation, then the checkpoint: an epoch that has a checkpoint has all its numbers in the log, and they are sound."""
-            reported, difference = metrics(), WidestDifference()
-            module.score(val, mx.metric.CompositeEvalMetric([*reported.metrics, difference]), batch_end_callback=stop_request)
-            for name, value in reported.get_name_value():
-                logging.info('Epoch[%d] Validation-%s=%f', epoch, name, value)
-            momentum = module.momentum()
-            stop_unless_sound(f'epoch {epoch + 1}, batch {train.num_batches}', reported, difference, arg_params, aux_params, momentum)
+            """Validation, then the checkpoint: an epoch that has a checkpoint has all its numbers in the log, and they are sound. One worker does it, the
+            others wait."""
             if kv.rank == 0:
+                reported, difference = metrics(), WidestDifference()
+                module.score(val, mx.metric.CompositeEvalMetric([*reported.metrics, difference]), batch_end_callback=stop_request)
+                for name, value in reported.get_name_value():
+                    logging.info('Epoch[%d] Validation-%s=%f', epoch, name, value)
+                momentum = module.momentum()
+                stop_unless_sound(f'epoch {epoch + 1}, batch {train.num_batches}', reported, difference, arg_params, aux_params, momentum)
                 checkpoints.save(epoch + 1, symbol, arg_params, aux_params, momentum, options)
+            if kv.num_workers > 1:
+                kv._barrier()
+                checkpoints.current = epoch + 1
 
-        with StopRequest() as stop_request, ProgressBar(args.batch_size, train.num_batches, args.num_epochs) as progress_bar:
+        with StopRequest() as stop_request, ProgressBar(args.batch_size, train.num_batches, args.num_epochs, shown=kv.rank == 0) as progress_bar:
             try:
                 module.fit(
                     train,
@@ -121,6 +140,203 @@ def fit(args, network, data_loader, data_shape, devices=None):
                 failure.args = (f'{failure}; {checkpoints.how_to_continue()}',)
                 raise
     return module
+
+
+@contextlib.contextmanager
+def connected(kind, checkpoints):
+    """The kvstore of that kind; one over several processes is watched as long as it is in use, and closed."""
+    if 'dist' not in kind:
+        checkpoints.check_folder()
+        yield mx.kv.create(kind)
+        return
+    check_environment(kind)
+    with Watch(checkpoints.how_to_continue) as watch:
+        with signals_that_end():
+            watch.kv = kv = mx.kv.create(kind)
+        try:
+            if kv.rank == 0:
+                checkpoints.check_folder()
+            yield kv
+        except BaseException:
+            # The others do not come to the barrier at which MXNet would wait for them.
+            mx.base.check_call(mx.base._LIB.MXKVStoreSetBarrierBeforeExit(kv.handle, 0))
+            raise
+        finally:
+            watch.leave_after(2 * NODE_TIMEOUT, 'the other nodes have not come to the end of the run')
+            mx.base.check_call(mx.base._LIB.MXKVStoreFree(kv.handle))
+            kv.handle = mx.base.KVStoreHandle()  # null: nothing is left for its destructor
+
+
+def check_environment(kind):
+    """Raise InputError where MXNet would not find the nodes of a distributed run."""
+    missing = [name for name in ('DMLC_ROLE', 'DMLC_PS_ROOT_URI', 'DMLC_PS_ROOT_PORT', 'DMLC_NUM_WORKER', 'DMLC_NUM_SERVER') if name not in os.environ]
+    if missing:
+        raise InputError(f'--kv-store={kind} needs {", ".join(missing)} in the environment; --num-workers=2 starts two workers on this machine without')
+
+
+def serve():
+    """Be the scheduler or a server, as DMLC_ROLE says, until the workers are done."""
+    check_environment('dist_sync')
+    with Watch(lambda: 'continue with --resume on every worker') as watch, signals_that_end():
+        watch.kv = mx.kv.create('dist_sync')
+        mx.kvstore.kvstore_server.KVStoreServer(watch.kv).run()
+
+
+@contextlib.contextmanager
+def signals_that_end():
+    """Within it, Ctrl-C and SIGTERM end the process at once: it waits within MXNet, where Python's own handlers do not get their turn."""
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class Watch:
+    """A thread that ends this process when the distributed run has lost a node, or never found all of them.
+
+    MXNet would wait for ever, within a call that neither a signal nor an exception gets out of. The nodes send heartbeats to the scheduler, which
+    answers them: it alone sees who is lost, and leaves; thereby all the others see that it is lost.
+
+    Parameters
+    ----------
+    how_to_continue : callable
+        A phrase for the end of what is told.
+    """
+
+    SCHEDULER, SERVERS, WORKERS, ALL = 1, 2, 4, 7  # ps-lite's groups of nodes
+
+    def __init__(self, how_to_continue):
+        self.how_to_continue = how_to_continue
+        self.kv = None
+        self.launcher = os.environ.get('LAUNCHER_PID')
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.done.set()
+
+    def watch(self):
+        begin = time.monotonic()
+        is_connected = False
+        while not self.done.wait(0.5):
+            if self.launcher and self.launcher != str(os.getppid()):
+                self.leave('the process that started this one is gone')
+            # With a negative timeout every node is dead, once the connection is made.
+            is_connected = is_connected or self.kv is not None and self.count_dead(self.ALL, -NODE_TIMEOUT) > 0
+            if is_connected:
+                for group, kind in ((self.SCHEDULER, 'the scheduler'), (self.SERVERS, 'a server'), (self.WORKERS, 'a worker')):
+                    if self.count_dead(group, NODE_TIMEOUT):
+                        hint = '' if ROLE == 'scheduler' else '; it leaves when a worker or a server is lost'
+                        self.leave(f'{kind} of the run has not been heard of for {NODE_TIMEOUT} s: killed, failed or cut off{hint}')
+            elif time.monotonic() - begin > START_TIMEOUT:
+                self.leave('no connection to the scheduler at {DMLC_PS_ROOT_URI}:{DMLC_PS_ROOT_PORT} with all of the {DMLC_NUM_WORKER} workers and '
+                           '{DMLC_NUM_SERVER} servers within {seconds} s'.format(**os.environ, seconds=START_TIMEOUT))
+
+    def count_dead(self, group, timeout):
+        number = ctypes.c_int()
+        mx.base.check_call(mx.base._LIB.MXKVStoreGetNumDeadNode(self.kv.handle, group, ctypes.byref(number), timeout))
+        return number.value
+
+    def leave_after(self, seconds, what):
+        """Watch no more over the nodes, but over the end of this process's part in the run."""
+        self.done.set()
+        self.thread.join()  # it may be asking the kvstore that is about to be freed
+        deadline = threading.Timer(seconds, self.leave, [f'{what} within {seconds} s'])
+        deadline.daemon = True
+        deadline.start()
+
+    def leave(self, what):
+        """Tell it as a Failure would be told, in the log file and on stderr, and end the process."""
+        sentence = f'{what}; {self.how_to_continue()}'
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, LogFile):
+                with contextlib.suppress(Failure):
+                    handler.handle(logging.makeLogRecord({'msg': sentence}))
+        print(f'{Path(sys.argv[0]).name}: error: {sentence}', file=sys.stderr, flush=True)
+        os._exit(Failure.status)
+
+
+def of_rank_0(kv, key, array):
+    """The array that worker 0 has, on every worker of a distributed kvstore."""
+    kv.init(key, array)
+    kv.pull(key, out=array)
+    return array
+
+
+def follow_rank_0(kv, checkpoints, module, first_epoch):
+    """Every worker begins where worker 0 does, which alone reads checkpoints: the number of finished epochs. The module takes the arrays over itself."""
+    first_epoch = int(of_rank_0(kv, 'first_epoch', mx.nd.array([first_epoch])).asscalar())
+    if first_epoch:
+        checkpoints.current = first_epoch
+        module.initial_momentum = module.initial_momentum or {}
+    return first_epoch
+
+
+def check_agreement(kv, options):
+    """Raise InputError where this worker was started with other options than worker 0: one would wait for the other, or learn something else."""
+    options = {name: value for name, value in options.items() if name not in ('gpus', 'cpus')}
+    text = json.dumps(options).encode().ljust(4096)
+    theirs = json.loads(of_rank_0(kv, 'options', mx.nd.array(np.frombuffer(text, np.uint8))).asnumpy().astype(np.uint8).tobytes())
+    different = [f'{name}: {options.get(name)} here, {theirs.get(name)} there' for name in options if options[name] != theirs.get(name)]
+    if different:
+        raise InputError(f'worker {kv.rank} was started with other options than worker 0 ({"; ".join(different)}): give all the same')
+
+
+def run_workers(args):
+    """Run this program's command line in ``args.num_workers`` processes on this machine, with a scheduler and a server, until all are done.
+
+    When one fails or is killed the others are stopped. Raises Failure for one that was killed, SystemExit for one that has told its failure itself.
+    """
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, 'DMLC_PS_ROOT_URI': '127.0.0.1', 'DMLC_PS_ROOT_PORT': str(port), 'DMLC_NODE_HOST': '127.0.0.1', 'DMLC_INTERFACE': 'lo',
+                   'DMLC_NUM_WORKER': str(args.num_workers), 'DMLC_NUM_SERVER': '1', 'LAUNCHER_PID': str(os.getpid())}
+    if THREADS_ARE_CHOSEN_HERE:
+        environment['OMP_NUM_THREADS'] = str(max(1, available_cpus() // args.num_workers))
+    begin = time.time()
+    processes = {}
+    try:
+        for name in ('scheduler', 'server', *(f'worker {number}' for number in range(args.num_workers))):
+            # In a session of its own: Ctrl-C reaches this process alone, which passes it on.
+            processes[name] = subprocess.Popen([sys.executable, *sys.argv], env={**environment, 'DMLC_ROLE': name.split()[0]}, start_new_session=True)
+        while any(process.poll() is None for process in processes.values()):
+            for name, process in processes.items():
+                if process.poll():
+                    raise_failure_of(name, process.returncode, args, begin)
+            time.sleep(0.05)
+    except KeyboardInterrupt as stop:
+        workers = [process for name, process in processes.items() if name.startswith('worker')]
+        for worker in workers:
+            worker.send_signal(signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+        deadline = time.monotonic() + NODE_TIMEOUT
+        while all(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a worker may be waiting for one that has stopped already
+            for worker in workers:
+                worker.wait(1)
+        raise
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+
+
+def raise_failure_of(name, status, args, begin):
+    """End a run of several processes, begun at the time ``begin``, of which one has ended with a status that is not 0."""
+    if status > 0:
+        sys.exit(status)
+    checkpoints = Checkpoints(args.save_model_prefix)
+    checkpoints.current = max((epoch for epoch in checkpoints.epochs() if args.resume or checkpoints.params(epoch).stat().st_mtime > begin), default=None)
+    raise Failure(f'the {name} was killed ({signal.Signals(-status).name}), the others are stopped; {checkpoints.how_to_continue()}')
 
 
 INITIALIZERS = {
@@ -375,9 +591,15 @@ def say_what_differs(checkpoints, options):
 
 
 class Module(mx.mod.Module):
-    """A Module whose centers are read when they have come to rest, and whose momentum goes by the names of the parameters, without pickle."""
+    """A Module whose centers are the same on all devices and workers after every step, and are read when they have come to rest; whose momentum goes by
+    the names of the parameters, without pickle.
+
+    The operator on each device knows its share of a batch: of class j, n_d samples that move its copy of the center by
+    m_d = alpha sum_i (x_i - c_j) / (1 + n_d). The step of Eq. 4 over the whole batch is then sum_d (1 + n_d) m_d / (1 + sum_d n_d).
+    """
 
     initial_momentum = None
+    _before = None  # labels and centers before the step that is under way, where its parts are to be joined
 
     def get_params(self):
         # The engine is not told that the operator's backward writes the centers: without this it lets them be read while the last step is under way.
@@ -386,13 +608,94 @@ class Module(mx.mod.Module):
 
     def init_optimizer(self, *args, **kwargs):
         super().init_optimizer(*args, **kwargs)
+        if self._num_workers() > 1:
+            self._take_from_rank_0()
         if self.initial_momentum is not None:
             self._updater.states = {index: self.initial_momentum[name].copy() for index, name in self._optimizer.idx2name.items()}
             self._updater.states_synced = dict.fromkeys(self._updater.states, False)  # each is moved to its device at the next update
 
+    def _take_from_rank_0(self):
+        """Weights, centers and, where the run is a continued one, momentum."""
+        for name, copies in zip(self._param_names, self._exec_group.param_arrays):  # as the kvstore got them from init_optimizer
+            self._kvstore.pull(name, out=copies)
+            if self.initial_momentum is not None:
+                momentum = self.initial_momentum.get(name)
+                self.initial_momentum[name] = of_rank_0(self._kvstore, f'momentum:{name}', mx.nd.zeros(copies[0].shape) if momentum is None else momentum)
+        for name, copies in self._centers():
+            self._kvstore.init(name, copies[0])
+            self._kvstore.pull(name, out=copies)
+            self._kvstore.init(f'steps:{name}', mx.nd.zeros((self._num_workers(), self._exec_group.batch_size, 2 + copies[0].shape[1])))
+        self._params_dirty = True
+
+    def _num_workers(self):
+        return self._kvstore.num_workers if self._kvstore else 1
+
+    def _centers(self):
+        """Pairs (name, copies): the centers (K, d) of every center loss, on every device."""
+        return [(name, copies) for name, copies in zip(self._aux_names, self._exec_group.aux_arrays) if name.endswith('center_bias')]
+
+    def forward_backward(self, data_batch):
+        centers = self._centers()
+        if centers and (len(self._context) > 1 or self._num_workers() > 1):
+            label = data_batch.label[[name for name, _ in self.label_shapes].index('center_label')].asnumpy()  # (B,)
+            self._before = label, [read_centers(copies[0], label) for _, copies in centers]
+        super().forward_backward(data_batch)
+
+    def update(self):
+        super().update()
+        if self._before is not None:
+            label, before = self._before
+            for (name, copies), start in zip(self._centers(), before):
+                self._join_steps(name, copies, label, start)
+
+    def _join_steps(self, name, copies, label, before):
+        """Eq. 4 over the whole batch, on every copy (K, d) of the centers, from what each of them has done with its share.
+
+        ``label`` (B,) of this worker's batch, ``before`` (B, d) the centers of these labels before the step.
+        """
+        parts = []
+        for copy, share in zip(copies, self._exec_group.slices):
+            classes, first, count = np.unique(label[share], return_index=True, return_counts=True)
+            parts.append((classes, count, (1 + count[:, None]) * (read_centers(copy, classes) - before[share][first])))
+        classes, count, step = summed(parts)
+        if self._num_workers() > 1:
+            classes, count, step = summed(self._of_all_workers(name, classes, count, step))
+        start = read_centers(copies[0], classes)
+        own, first = np.unique(label, return_index=True)
+        start[np.isin(classes, own)] = before[first]  # those of other workers' classes have not moved here
+        joined = start + step / (1 + count[:, None])
+        for copy in copies:
+            write_centers(copy, classes, joined)
+
+    def _of_all_workers(self, name, classes, count, step):
+        """What every worker has for the center loss ``name``, in the order of their ranks: [(classes, count, step)].
+
+        The kvstore can only sum: every worker fills its own rows of a table (workers, B, 2 + d) that is zero elsewhere. The traffic grows with the
+        total batch, not with K.
+        """
+        table = np.zeros((self._num_workers(), self._exec_group.batch_size, 2 + step.shape[1]), np.float32)
+        table[self._kvstore.rank, :len(classes)] = np.column_stack([classes, count, step])
+        table = mx.nd.array(table)
+        self._kvstore.pushpull(f'steps:{name}', table, out=table)
+        filled = [part[part[:, 1] > 0] for part in table.asnumpy()]
+        return [(part[:, 0], part[:, 1], part[:, 2:]) for part in filled]
+
     def momentum(self):
-        """Momentum of every parameter by name. All devices hold the same."""
+        """Momentum of every parameter by name. All devices and workers hold the same."""
         return {self._optimizer.idx2name[index]: state for index, state in self._updater.states.items()}
+
+
+def summed(parts):
+    """Sums by class over parts (classes, counts, steps (classes, d)), each of which has a class once: (classes, counts, steps)."""
+    classes, place = np.unique(np.concatenate([part[0] for part in parts]), return_inverse=True)
+    count = np.zeros(len(classes), np.float32)
+    step = np.zeros((len(classes), parts[0][2].shape[1]), np.float32)
+    end = 0
+    for part_classes, part_count, part_step in parts:
+        begin, end = end, end + len(part_classes)
+        count[place[begin:end]] += part_count
+        step[place[begin:end]] += part_step
+    return classes, count, step
 
 
 class DamagedCheckpoint(InputError):
@@ -555,10 +858,11 @@ def bytes_to_array(data):
 class ProgressBar:
     """A batch-end callback: on a terminal, a bar for every epoch with images/s, accuracy and center loss; nothing elsewhere."""
 
-    def __init__(self, batch_size, num_batches, num_epochs):
+    def __init__(self, batch_size, num_batches, num_epochs, shown=True):
         self.batch_size = batch_size
         self.num_batches = num_batches
         self.num_epochs = num_epochs
+        self.hidden = None if shown else True  # None: shown on a terminal
         self.bar = None
 
     def __enter__(self):
@@ -571,7 +875,7 @@ class ProgressBar:
     def __call__(self, param):
         if param.nbatch == 0:
             self.bar = tqdm(total=self.num_batches * self.batch_size, desc=f'epoch {param.epoch + 1}/{self.num_epochs}', unit=' images',
-                            unit_scale=True, leave=False, disable=None)
+                            unit_scale=True, leave=False, disable=self.hidden)
         if not self.bar.disable:
             self.bar.set_postfix({name: f'{value:.4f}' for name, value in param.eval_metric.get_global_name_value()}, refresh=False)
         self.bar.update(self.batch_size)
