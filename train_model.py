@@ -224,19 +224,19 @@ class Watch:
         self.done.set()
 
     def watch(self):
-        begin = time.monotonic()
-        is_connected = False
+        begin, connected_at = time.monotonic(), math.inf
         while not self.done.wait(0.5):
             if self.launcher and self.launcher != str(os.getppid()):
                 self.leave('the process that started this one is gone')
             # With a negative timeout every node is dead, once the connection is made.
-            is_connected = is_connected or self.kv is not None and self.count_dead(self.ALL, -NODE_TIMEOUT) > 0
-            if is_connected:
+            if connected_at == math.inf and self.kv is not None and self.count_dead(self.ALL, -NODE_TIMEOUT) > 0:
+                connected_at = time.monotonic()
+            if time.monotonic() - connected_at > NODE_TIMEOUT:  # before, nobody can have been silent for so long, whatever ps-lite says as it starts
                 for group, kind in ((self.SCHEDULER, 'the scheduler'), (self.SERVERS, 'a server'), (self.WORKERS, 'a worker')):
                     if self.count_dead(group, NODE_TIMEOUT):
                         hint = '' if ROLE == 'scheduler' else '; it leaves when a worker or a server is lost'
                         self.leave(f'{kind} of the run has not been heard of for {NODE_TIMEOUT} s: killed, failed or cut off{hint}')
-            elif time.monotonic() - begin > START_TIMEOUT:
+            if connected_at == math.inf and time.monotonic() - begin > START_TIMEOUT:
                 self.leave('no connection to the scheduler at {DMLC_PS_ROOT_URI}:{DMLC_PS_ROOT_PORT} with all of the {DMLC_NUM_WORKER} workers and '
                            '{DMLC_NUM_SERVER} servers within {seconds} s'.format(**os.environ, seconds=START_TIMEOUT))
 
