@@ -43,11 +43,12 @@ def available_cpus():
 ROLE = os.environ.pop('DMLC_ROLE', None)
 
 # Left alone, MXNet takes half of the processors it sees. Threads that wait actively hand over between two operators without going
-# to sleep: with LeNet's short operators that is the difference between a slower and a faster step. What the user has set stays.
+# to sleep: with LeNet's short operators that is the difference between a slower and a faster step. In a run of several processes they would keep the
+# others, and MXNet's own communication, from the processors. What the user has set stays.
 THREADS_ARE_CHOSEN_HERE = 'OMP_NUM_THREADS' not in os.environ
 if THREADS_ARE_CHOSEN_HERE:
     os.environ['OMP_NUM_THREADS'] = str(available_cpus() if ROLE in (None, 'worker') else 1)
-    os.environ.setdefault('OMP_WAIT_POLICY', 'active')
+    os.environ.setdefault('OMP_WAIT_POLICY', 'active' if ROLE is None else 'passive')
 # MXNet would report on stderr, at every bind, that it fuses operators.
 os.environ.setdefault('MXNET_SUBGRAPH_VERBOSE', '0')
 # Every worker updates its own weights from the summed gradient. The momentum then lives in this process, where a checkpoint can keep it.
