@@ -301,7 +301,7 @@ def run_workers(args):
     environment = {**os.environ, 'DMLC_PS_ROOT_URI': '127.0.0.1', 'DMLC_PS_ROOT_PORT': str(port), 'DMLC_NODE_HOST': '127.0.0.1', 'DMLC_INTERFACE': 'lo',
                    'DMLC_NUM_WORKER': str(args.num_workers), 'DMLC_NUM_SERVER': '1', 'LAUNCHER_PID': str(os.getpid())}
     if THREADS_ARE_CHOSEN_HERE:
-        environment['OMP_NUM_THREADS'] = str(max(1, available_cpus() // args.num_workers))
+        environment.update(OMP_NUM_THREADS=str(max(1, available_cpus() // args.num_workers)), OMP_WAIT_POLICY='passive', GOMP_SPINCOUNT='0')
     begin = time.time()
     processes = {}
     try:

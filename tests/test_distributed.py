@@ -168,7 +168,7 @@ def test_a_worker_that_is_killed_stops_the_run_which_then_continues_to_the_same_
 def test_nobody_waits_for_ever_for_a_node_that_is_lost(victim):
     command = [sys.executable, ROOT / 'train.py', '--dataset=mnist-5k', '--num-examples=320', '--batch-size=16', '--num-epochs=5000', '--kv-store=dist_sync']
     with nodes(command, workers=2, PS_HEARTBEAT_TIMEOUT='2') as processes:
-        wait_for(Path('center_loss-0001.params').exists)
+        wait_for(Path('center_loss-0002.params').exists)  # by then all know of the first
         processes.pop(victim).kill()
         for name, process in processes.items():
             _, told = process.communicate(timeout=30)
