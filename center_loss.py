@@ -13,6 +13,9 @@ Importing this module registers the operator:
     mx.sym.Custom(data=x, label=y, op_type='centerloss', name='center_loss', num_class=10, alpha=0.5)
 """
 
+import atexit
+import contextlib
+
 import numpy as np
 
 from runtime import memory_of, mx
@@ -225,6 +228,15 @@ class CenterLossProp(mx.operator.CustomOpProp):
 
     def create_operator(self, ctx, in_shapes, in_dtypes):
         return CenterLoss(self.num_class, self.alpha, self.scale, self.normalization, on_cpu=ctx.device_type != 'gpu')
+
+
+@atexit.register
+def come_to_rest():
+    """Let the steps that are under way come to their end before MXNet's own exit handler runs: it stops the threads that call back into Python first,
+    and would then wait for ever for a backward pass that still needs them.
+    """
+    with contextlib.suppress(mx.MXNetError):  # of a step that failed: whoever asked for its result was told
+        mx.nd.waitall()
 
 
 class _MeanOverImages(mx.metric.EvalMetric):
