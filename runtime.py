@@ -58,16 +58,16 @@ def available_cpus():
 # good; it gets it back afterwards.
 ROLE = os.environ.pop('DMLC_ROLE', None)
 
-# Left alone, MXNet takes half of the processors it sees. Threads that wait actively hand over between two operators without going
-# to sleep: with LeNet's short operators that is the difference between a slower and a faster step. After some 30 ms without work they
-# do sleep, so that nothing is taken from others while a window is open or a file is read. In a run of several processes even that would
-# keep the others, and MXNet's own communication, from the processors. What the user has set stays.
+# Left alone, MXNet takes half of the processors it sees. Threads that wait actively, for some microseconds, hand over between two
+# operators without going to sleep: with LeNet's short operators that is the difference between a slower and a faster step. If they did so for
+# longer they would keep from the processors whom they wait for: on a machine that is shared, a step took two to three times as long. For that
+# reason they do not do it at all in a run of several processes. What the user has set stays.
 THREADS_ARE_CHOSEN_HERE = 'OMP_NUM_THREADS' not in os.environ
 if THREADS_ARE_CHOSEN_HERE:
     os.environ['OMP_NUM_THREADS'] = str(available_cpus() if ROLE in (None, 'worker') else 1)
     if 'OMP_WAIT_POLICY' not in os.environ:
         os.environ['OMP_WAIT_POLICY'] = 'active' if ROLE is None else 'passive'
-        os.environ.setdefault('GOMP_SPINCOUNT', '3000000' if ROLE is None else '0')
+        os.environ.setdefault('GOMP_SPINCOUNT', '3000' if ROLE is None else '0')
 # MXNet would report on stderr, at every bind, that it fuses operators.
 os.environ.setdefault('MXNET_SUBGRAPH_VERBOSE', '0')
 # One call updates all parameters: every call costs more Python than the arithmetic of a small layer.
