@@ -6,7 +6,6 @@ All times are of sides that take turns in one run; what counts are the ratios. C
 is lost, not what several GPUs gain.
 """
 
-import argparse
 import re
 import statistics
 import subprocess
@@ -23,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import train  # noqa: E402
 import train_model  # noqa: E402
-from runtime import mx  # noqa: E402
+from runtime import ArgumentParser, mx  # noqa: E402
 
 LABELS = ['softmax_label', 'center_label']
 
@@ -130,7 +129,7 @@ def scaling(total_batch=96, rounds=2):
 PARTS = {'drift': drift, 'cost': cost, 'scaling': scaling}
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS))
     for part in parser.parse_args().parts:
         PARTS[part]()

@@ -9,7 +9,6 @@ The data are random: every class is a direction, its samples that direction with
 by train_model.fit, as train.py does it. What is printed: seconds of a step with the center loss and without, size of the checkpoint, memory.
 """
 
-import argparse
 import re
 import resource
 import sys
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
 import train_model  # noqa: E402
-from runtime import ROLE, mx, number, run_script  # noqa: E402
+from runtime import ROLE, ArgumentParser, mx, number, run_script  # noqa: E402
 
 
 class RandomFaces(mx.io.DataIter):
@@ -84,7 +83,7 @@ def time_per_step(symbol, faces, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--num-classes', type=number(int, minimum=1), default=100_000)
     parser.add_argument('--dimension', type=number(int, minimum=1), default=512)
     parser.add_argument('--num-batches', type=number(int, minimum=1), default=8)
