@@ -23,7 +23,8 @@ import functools
 
 import center_loss  # noqa: F401  (registers the operator)
 import data
-from train_model import INITIALIZERS, fit, run_workers, serve
+from distributed import run_workers, serve
+from train_model import INITIALIZERS, Checkpoints, fit
 
 IMAGE_SHAPE = (1, 28, 28)
 NUM_CLASSES = 10
@@ -209,7 +210,7 @@ def main():
     if ROLE in ('scheduler', 'server'):
         return serve()
     if args.num_workers and ROLE is None:
-        return run_workers(args)
+        return run_workers(args.num_workers, Checkpoints(args.save_model_prefix), args.resume)
     network = get_symbol(args.num_classes, args.center_loss_weight, args.alpha, args.embedding_dim, args.no_bias, args.embedding_lr_mult, args.network)
     data_loader = functools.partial(data.mnist_iterator, dataset=args.dataset, data_dir=args.data_dir, seed=args.seed, num_examples=args.num_examples,
                                     num_classes=args.num_classes)

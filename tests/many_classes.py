@@ -20,6 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import distributed  # noqa: E402
 import train  # noqa: E402
 import train_model  # noqa: E402
 from runtime import ROLE, ArgumentParser, mx, number, run_script  # noqa: E402
@@ -93,11 +94,11 @@ def main():
     parser.add_argument('--folder', help='of the checkpoints; by default one that goes with the run')
     own = parser.parse_args()
     if ROLE in ('scheduler', 'server'):
-        return train_model.serve()
+        return distributed.serve()
     with tempfile.TemporaryDirectory() as folder:
         if own.num_workers and ROLE is None:
             sys.argv.append(f'--folder={folder}')
-            return train_model.run_workers(train.parse_args([f'--num-workers={own.num_workers}']))
+            return distributed.run_workers(own.num_workers, train_model.Checkpoints(f'{folder}/faces'), resume=False)
         run_in(Path(own.folder or folder), own)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import data
+import distributed
 import train
 import train_model
 from runtime import ROLE, InputError, mx
@@ -34,7 +36,7 @@ run_script(lambda: test_distributed.work(*sys.argv[1:]))
 
 def work(*line):
     if ROLE != 'worker':
-        return train_model.serve()
+        return distributed.serve()
     module = train_small('--kv-store', 'dist_sync', '--log_file', f'{os.getpid()}.txt', *line)
     mx.nd.save(f'{os.getpid()}.weights', {name: value for params in module.get_params() for name, value in params.items()})
 
@@ -184,7 +186,7 @@ def test_nobody_waits_for_ever_for_a_node_that_is_lost(victim, workers):
 
 @pytest.mark.parametrize('role', ['worker', 'scheduler'])
 def test_nobody_waits_for_ever_for_nodes_that_do_not_come(role):
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train, train_model; train_model.START_TIMEOUT = 1; train.run_script(train.main)"
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distributed, train; distributed.START_TIMEOUT = 1; train.run_script(train.main)"
     with nodes([sys.executable, '-c', script, '--kv-store=dist_sync'], workers=2) as processes:
         for name in processes.keys() - {next(name for name in processes if name.startswith(role))}:
             processes.pop(name).kill()
@@ -192,6 +194,13 @@ def test_nobody_waits_for_ever_for_nodes_that_do_not_come(role):
         _, told = process.communicate(timeout=30)
     assert process.returncode == 1
     assert re.fullmatch(r'-c: error: no connection to the scheduler at 127.0.0.1:\d+ with all of the 2 workers and 1 servers within 1 s; .*\n', told)
+
+
+def test_a_mistake_that_all_workers_find_is_told_once():
+    command = [sys.executable, str(ROOT / 'train.py'), '--num-workers=3', '--batch-size=15', '--cpus=0,1']
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr == 'train.py: error: --batch-size=15 cannot be shared equally by 2 devices: take a multiple of 2\n'
 
 
 class OneMachine:
@@ -211,11 +220,11 @@ class OneMachine:
 
 def test_a_worker_with_other_options_than_worker_0_says_which():
     def of_worker_0(**options):
-        return OneMachine(options=mx.nd.array(np.frombuffer(train_model.json.dumps(options).encode().ljust(4096), np.uint8)))
+        return OneMachine(options=mx.nd.array(np.frombuffer(json.dumps(options).encode().ljust(4096), np.uint8)))
 
-    train_model.check_agreement(of_worker_0(lr=0.1, batch_size=50), {'lr': 0.1, 'batch_size': 50, 'gpus': [1]})
+    distributed.check_agreement(of_worker_0(lr=0.1, batch_size=50), {'lr': 0.1, 'batch_size': 50, 'gpus': [1]})
     with pytest.raises(InputError, match=r'worker 1 was started with other options than worker 0 \(batch_size: 60 here, 50 there\)'):
-        train_model.check_agreement(of_worker_0(lr=0.1, batch_size=50), {'lr': 0.1, 'batch_size': 60})
+        distributed.check_agreement(of_worker_0(lr=0.1, batch_size=50), {'lr': 0.1, 'batch_size': 60})
 
 
 def test_a_distributed_run_without_its_environment_says_what_is_missing(monkeypatch):
