@@ -58,10 +58,11 @@ class CenterLoss(mx.operator.CustomOp):
         """Write the mean center loss of the batch, shape (1,). The centers stay where they are."""
         data, label = in_data
         if self.on_cpu:
-            classes = self._classes(memory_of(label))
-            difference = memory_of(data) - memory_of(aux[0])[classes]
+            batch_size, dim = data.shape
+            classes = self._classes(memory_of(label, (batch_size,)))
+            difference = memory_of(data, (batch_size, dim)) - memory_of(aux[0], (self.num_class, dim))[classes]
             # np.dot would be shared among threads of its own, which get in the way of MXNet's.
-            _write(memory_of(out_data[0]), req[0], np.square(difference).sum() / (2 * len(classes)))
+            _write(memory_of(out_data[0], (1,)), req[0], np.square(difference).sum() / (2 * batch_size))
         else:
             self._classes(label.asnumpy())
             difference = data - mx.nd.take(aux[0], label)
@@ -71,13 +72,16 @@ class CenterLoss(mx.operator.CustomOp):
     def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
         """Write the gradient of the embeddings, shape (B, d), from the present centers; then move the centers."""
         data, label = in_data
-        factor = self.scale / len(label) if self.normalization == 'batch' else self.scale
+        batch_size, dim = data.shape
+        factor = self.scale / batch_size if self.normalization == 'batch' else self.scale
         if self.on_cpu:
-            classes, centers = memory_of(label).astype(np.int64), memory_of(aux[0])  # forward has checked the labels
-            difference = memory_of(data) - centers[classes]
+            classes = memory_of(label, (batch_size,)).astype(np.int64)  # forward has checked the labels
+            centers = memory_of(aux[0], (self.num_class, dim))
+            difference = memory_of(data, (batch_size, dim)) - centers[classes]
             if req[0] != 'null':
-                _write(memory_of(in_grad[0]), req[0], factor * difference)
-            _write(memory_of(in_grad[1]), req[1], 0)
+                _write(memory_of(in_grad[0], (batch_size, dim)), req[0], factor * difference)
+            if req[1] != 'null':
+                _write(memory_of(in_grad[1], (batch_size,)), req[1], 0)
             self._move_centers_in_memory(difference, classes, centers)
         else:
             difference = data - mx.nd.take(aux[0], label)

@@ -1,8 +1,9 @@
 """The same training in PyTorch, for tests/benchmark.py: prints images per second.
 
-    python tests/benchmark_torch.py THREADS
+    python tests/benchmark_torch.py THREADS pooling-first|tanh-first
 
 LeNet with softmax and center loss, SGD with momentum, data and metrics included, written the way a careful PyTorch user would: no Python per sample.
+tanh-first is the order of LeNet as it is usually written, pooling-first the same function in the order that train.py computes it in.
 """
 
 import statistics
@@ -29,7 +30,8 @@ def main():
     # By way of bytes: it does not depend on which NumPy this PyTorch was built for.
     images = torch.frombuffer(bytearray(digits.train_images.tobytes()), dtype=torch.uint8).reshape(-1, 1, 28, 28)
     labels = torch.frombuffer(bytearray(digits.train_labels.tobytes()), dtype=torch.uint8).long()
-    features = nn.Sequential(nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Tanh(), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.Tanh(),
+    activation = [nn.MaxPool2d(2), nn.Tanh()] if sys.argv[2] == 'pooling-first' else [nn.Tanh(), nn.MaxPool2d(2)]
+    features = nn.Sequential(nn.Conv2d(1, 20, 5), *activation, nn.Conv2d(20, 50, 5), *activation,
                              nn.Flatten(), nn.Linear(800, 500), nn.Tanh(), nn.Linear(500, 2))
     classifier = nn.Linear(2, 10)
     centers = torch.zeros(10, 2)
