@@ -31,7 +31,7 @@ NUM_CLASSES = 10
 MAX_DEVICE = 15  # MXNet knows no more of a kind, and hangs
 
 
-def get_symbol(num_classes=NUM_CLASSES, center_loss_weight=0.01, alpha=0.5, embedding_dim=2, no_bias=False, embedding_lr_mult=0.25, network='lenet'):
+def get_symbol(num_classes=NUM_CLASSES, center_loss_weight=0.01, alpha=0.5, embedding_dim=2, no_bias=False, embedding_lr_mult=0.1, network='lenet'):
     """A network with the joint objective.
 
     Parameters
@@ -50,8 +50,8 @@ def get_symbol(num_classes=NUM_CLASSES, center_loss_weight=0.01, alpha=0.5, embe
     embedding_lr_mult : float
         Learning rate of the embedding's weights relative to that of all others. To them the center loss is a quadratic of curvature
         lambda ||h||^2, h the 500 tanh activations that feed them, so ||h||^2 < 500; SGD of rate r with momentum m is stable on it while
-        r lambda ||h||^2 < 2 (1 + m) = 3.8. At a quarter of the default rate that holds for every lambda up to 1, whatever h becomes.
-        LeNet++'s features have no such bound, and its convolutions carry most of the curvature: lambda 1 needs half the default --lr there.
+        r lambda ||h||^2 < 2 (1 + m) = 3.8. At a tenth of the default rate that holds for every lambda up to 1, whatever h becomes.
+        LeNet++'s features have no such bound, and its convolutions carry most of the curvature.
     network : {'lenet', 'lenet++'}
         What computes the features that feed the embedding.
 
@@ -151,13 +151,15 @@ def parse_args(argv=None):
                           help='CPU contexts that share every batch as GPUs would, such as 0,1; empty: one')
     training.add_argument('--batch-size', type=number(int, minimum=1), default=100, metavar='B', help='images in a batch of one worker, over all its devices')
     training.add_argument('--num-epochs', type=number(int, minimum=1), default=20, metavar='N', help='epochs in all, with those before --resume')
-    training.add_argument('--lr', type=number(float, above=0, maximum=1e6), default=0.02, help='learning rate of SGD (momentum 0.9, weight decay 5e-4)')
-    training.add_argument('--embedding-lr-mult', type=number(float, above=0, maximum=1e6), default=0.25, metavar='M',
+    training.add_argument('--lr', type=number(float, above=0, maximum=1e6), default=0.05, help='learning rate of SGD (momentum 0.9, weight decay 5e-4)')
+    training.add_argument('--embedding-lr-mult', type=number(float, above=0, maximum=1e6), default=0.1, metavar='M',
                           help="the embedding's weights learn at M times --lr: what keeps them stable at large lambda")
-    training.add_argument('--lr-factor', type=number(float, above=0, maximum=1), default=0.5, metavar='F',
+    training.add_argument('--lr-factor', type=number(float, above=0, maximum=1), default=0.1, metavar='F',
                           help='the learning rate is multiplied by F every --lr-factor-epoch epochs; 1 keeps it')
-    training.add_argument('--lr-factor-epoch', type=number(float, above=0, maximum=1e6), default=20, metavar='E',
+    training.add_argument('--lr-factor-epoch', type=number(float, above=0, maximum=1e6), default=10, metavar='E',
                           help='in epochs; 0.5 is half an epoch')
+    training.add_argument('--warmup-epochs', type=number(float, minimum=0, maximum=1e6), default=1, metavar='E',
+                          help='the learning rate rises from 0 to --lr over the first E epochs: what keeps the start stable at a high rate')
     training.add_argument('--clip-gradient', type=number(float, minimum=1e-30, maximum=1e30), metavar='C',
                           help='cut every element of a gradient (of the mean over the batch) to [-C, C]')
     training.add_argument('--kv-store', type=kvstore, choices=['local', 'device', 'dist_sync', 'dist_device_sync'], default='local',

@@ -51,8 +51,8 @@ def fit(args, network, data_loader, data_shape, devices=None):
     Parameters
     ----------
     args : argparse.Namespace
-        The options of ``train.py``: ``gpus``, ``cpus``, ``batch_size``, ``lr``, ``lr_factor``, ``lr_factor_epoch``, ``clip_gradient``, ``initializer``,
-        ``num_epochs``, ``kv_store``, ``model_prefix``, ``load_epoch``, ``save_model_prefix``, ``resume``, ``log_file``, ``log_dir``, ``seed``.
+        The options of ``train.py``: ``gpus``, ``cpus``, ``batch_size``, ``lr``, ``lr_factor``, ``lr_factor_epoch``, ``warmup_epochs``, ``clip_gradient``,
+        ``initializer``, ``num_epochs``, ``kv_store``, ``model_prefix``, ``load_epoch``, ``save_model_prefix``, ``resume``, ``log_file``, ``log_dir``, ``seed``.
     network : mx.sym.Symbol
         A group of the outputs ``softmax_output`` (B, K) and ``center_loss_output`` (1,), with the labels ``softmax_label`` and
         ``center_label``, both (B,).
@@ -202,7 +202,7 @@ class Diverged(Failure):
     """Training that cannot come to anything any more."""
 
     def __init__(self, what, where):
-        super().__init__(f'training diverged: {what} in {where}; try a smaller --lr or --center-loss-weight, --clip-gradient, or the default --initializer')
+        super().__init__(f'training diverged: {what} in {where}; try a smaller --lr or --center-loss-weight, a longer --warmup-epochs, --clip-gradient, or the default --initializer')
 
 
 def stop_unless_finite(param):
@@ -312,13 +312,16 @@ def logging_to(path, rank):
 
 def optimizer_options(args, batches_per_epoch, first_epoch):
     """Options of SGD. The schedule is given in epochs and counted in updates, from the first update of the run, not of this process."""
+    def updates(epochs):
+        return round(epochs * batches_per_epoch)
+
     return {
         'learning_rate': args.lr,
         'momentum': MOMENTUM,
         'wd': WEIGHT_DECAY,
         'clip_gradient': args.clip_gradient,
-        'lr_scheduler': mx.lr_scheduler.FactorScheduler(max(1, round(args.lr_factor_epoch * batches_per_epoch)), args.lr_factor,
-                                                        stop_factor_lr=0, base_lr=args.lr),
+        'lr_scheduler': mx.lr_scheduler.FactorScheduler(max(1, updates(args.lr_factor_epoch)), args.lr_factor, stop_factor_lr=0, base_lr=args.lr,
+                                                        warmup_steps=updates(args.warmup_epochs)),
         'begin_num_update': first_epoch * batches_per_epoch,
     }
 

@@ -335,6 +335,8 @@ def test_some_digits_only_in_lenet_plus_plus_with_a_wide_embedding(tmp_path):
     (['--alpha=2'], '--alpha: 2 is out of range: it has to be at most 1'),
     (['--alpha=-0.5'], '--alpha: -0.5 is out of range: it has to be at least 0'),
     (['--alpha=x'], "--alpha: 'x' is not a finite number"),
+    (['--warmup-epochs=-1'], '--warmup-epochs: -1 is out of range: it has to be at least 0'),
+    (['--warmup-epochs=one'], "--warmup-epochs: 'one' is not a finite number"),
     (['--embedding-lr-mult=0'], '--embedding-lr-mult: 0 is out of range'),
     (['--embedding-lr-mult=1e308'], '--embedding-lr-mult: 1e308 is out of range'),
     (['--embedding-lr-mult=x'], "--embedding-lr-mult: 'x' is not a finite number"),

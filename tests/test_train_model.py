@@ -212,12 +212,21 @@ def test_fine_tuning_from_a_network_of_which_nothing_fits_is_refused():
 
 def test_the_learning_rate_falls_where_the_schedule_says():
     for line, fallen in ((['--lr-factor-epoch', 0.5], [10, 20, 30]), (['--lr-factor-epoch', 1], [20, 40]), (['--lr-factor-epoch', 1.25], [25, 50])):
-        args = options('--lr', 0.8, '--lr-factor', 0.5, *line)
+        args = options('--lr', 0.8, '--lr-factor', 0.5, '--warmup-epochs', 0, *line)
         rate = train_model.optimizer_options(args, NUM_BATCHES, 0)['lr_scheduler']
         for number, update in enumerate(fallen):
             assert rate(update) == pytest.approx(0.8 * 0.5 ** number)
             assert rate(update + 1) == pytest.approx(0.8 * 0.5 ** (number + 1))
     assert train_model.optimizer_options(args, NUM_BATCHES, 3)['begin_num_update'] == 60
+
+
+def test_the_learning_rate_rises_to_its_place_over_the_first_epochs():
+    for epochs in (0.5, 2):
+        args = options('--lr', 0.8, '--warmup-epochs', epochs, '--lr-factor', 0.5, '--lr-factor-epoch', 3)
+        rate = train_model.optimizer_options(args, NUM_BATCHES, 0)['lr_scheduler']
+        risen = epochs * NUM_BATCHES
+        assert [rate(update) for update in (1, 2, risen - 1)] == pytest.approx([0.8 / risen, 1.6 / risen, 0.8 - 0.8 / risen])
+        assert [rate(update) for update in (risen, 60, 61)] == pytest.approx([0.8, 0.8, 0.4])
 
 
 def test_a_gradient_is_clipped_to_what_is_asked(caplog):
@@ -243,8 +252,8 @@ def test_a_collapsed_embedding_stops_and_is_not_saved():
     train_small('--save-model-prefix', 'run', '--num-epochs', 1, '--num-examples', 100)
     before = {path.name: path.read_bytes() for path in Path().glob('run*')}
     with pytest.raises(Diverged, match=r'all classes are on one point of the embedding, Validation-accuracy is 0\.1000 in epoch 1, batch 40; '
-                                       'try a smaller --lr or --center-loss-weight, --clip-gradient, or the default --initializer; no epoch of run'):
-        train_small('--save-model-prefix', 'run', '--initializer', 'mixed', '--lr', 0.02, '--batch-size', 100, '--num-examples', 4000,
+                                       'try a smaller --lr or --center-loss-weight, a longer --warmup-epochs, --clip-gradient, or the default --initializer; no epoch of run'):
+        train_small('--save-model-prefix', 'run', '--initializer', 'mixed', '--lr', 0.02, '--warmup-epochs', 0, '--batch-size', 100, '--num-examples', 4000,
                     network=train.get_symbol(center_loss_weight=1))
     assert {path.name: path.read_bytes() for path in Path().glob('run*')} == before
 
