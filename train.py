@@ -51,7 +51,7 @@ def get_symbol(num_classes=NUM_CLASSES, center_loss_weight=0.01, alpha=0.5, embe
         Learning rate of the embedding's weights relative to that of all others. To them the center loss is a quadratic of curvature
         lambda ||h||^2, h the 500 tanh activations that feed them, so ||h||^2 < 500; SGD of rate r with momentum m is stable on it while
         r lambda ||h||^2 < 2 (1 + m) = 3.8. At a tenth of the default rate that holds for every lambda up to 1, whatever h becomes.
-        LeNet++'s features have no such bound, and its convolutions carry most of the curvature.
+        LeNet++'s features have no such bound, and its convolutions carry most of the curvature: it has a smaller default rate.
     network : {'lenet', 'lenet++'}
         What computes the features that feed the embedding.
 
@@ -93,11 +93,16 @@ def lenet(image):
 
 
 def lenet_plus_plus(image):
-    """The features of the paper's Table 1: (B, 1, 28, 28) -> (B, 1152), in three stages of two convolutions each."""
-    net = image
+    """The features of the paper's Table 1: (B, 1, 28, 28) -> (B, 1152), in three stages of two convolutions each.
+
+    Its convolutions begin at the scale of He et al. (ICCV 2015), whatever the initializer: from a smaller one, six of them would leave nothing
+    of the image.
+    """
+    net, he = image, mx.init.Xavier(factor_type='in', rnd_type='gaussian', magnitude=2)
     for stage, num_filter in enumerate((32, 64, 128), 1):
         for name in (f'{stage}_1', f'{stage}_2'):
-            net = mx.sym.Convolution(net, kernel=(5, 5), pad=(2, 2), num_filter=num_filter, name=f'conv{name}')
+            weight = mx.sym.var(f'conv{name}_weight', init=he)
+            net = mx.sym.Convolution(net, weight=weight, kernel=(5, 5), pad=(2, 2), num_filter=num_filter, name=f'conv{name}')
             net = prelu(net, num_filter, f'prelu{name}')
         # (B, 32, 14, 14), (B, 64, 7, 7), (B, 128, 3, 3)
         net = mx.sym.Pooling(net, kernel=(2, 2), stride=(2, 2), pool_type='max', name=f'pool{stage}')
@@ -121,6 +126,7 @@ def prelu(x, channels, name):
 
 
 NETWORKS = {'lenet': lenet, 'lenet++': lenet_plus_plus}
+LEARNING_RATES = {'lenet': 0.05, 'lenet++': 0.01}
 
 
 def parse_args(argv=None):
@@ -133,8 +139,7 @@ def parse_args(argv=None):
 
     network = parser.add_argument_group('network and objective')
     network.add_argument('--network', choices=sorted(NETWORKS), default='lenet',
-                         help="lenet++ is the paper's network for its figures: six convolutions with PReLU, some twenty times the work; "
-                              'lambda 1 diverges at the default --lr, 0.01 came through a short trial')
+                         help="lenet++ is the paper's network for its figures: six convolutions with PReLU, some twenty times the work")
     network.add_argument('--embedding-dim', type=number(int, minimum=1), default=2, metavar='D', help='dimension of the embedding')
     network.add_argument('--center-loss-weight', type=number(float, minimum=0), default=0.01, metavar='LAMBDA',
                          help='lambda of L = L_softmax + lambda L_C, both the mean over the batch; 0 is softmax only')
@@ -151,7 +156,8 @@ def parse_args(argv=None):
                           help='CPU contexts that share every batch as GPUs would, such as 0,1; empty: one')
     training.add_argument('--batch-size', type=number(int, minimum=1), default=100, metavar='B', help='images in a batch of one worker, over all its devices')
     training.add_argument('--num-epochs', type=number(int, minimum=1), default=20, metavar='N', help='epochs in all, with those before --resume')
-    training.add_argument('--lr', type=number(float, above=0, maximum=1e6), default=0.05, help='learning rate of SGD (momentum 0.9, weight decay 5e-4)')
+    training.add_argument('--lr', type=number(float, above=0, maximum=1e6),
+                          help='learning rate of SGD (momentum 0.9, weight decay 5e-4); by default 0.05 for lenet, 0.01 for lenet++')
     training.add_argument('--embedding-lr-mult', type=number(float, above=0, maximum=1e6), default=0.1, metavar='M',
                           help="the embedding's weights learn at M times --lr: what keeps them stable at large lambda")
     training.add_argument('--lr-factor', type=number(float, above=0, maximum=1), default=0.1, metavar='F',
@@ -182,6 +188,8 @@ def parse_args(argv=None):
         parser.error(f'{given} needs {missing} beside it')
     if args.gpus and args.cpus:
         parser.error('--gpus and --cpus both name the devices: give one of them')
+    if args.lr is None:
+        args.lr = LEARNING_RATES[args.network]
     if args.num_workers and 'dist' not in args.kv_store:
         args.kv_store = 'dist_device_sync' if args.kv_store == 'device' else 'dist_sync'
     return args

@@ -145,8 +145,9 @@ def follow_rank_0(kv, checkpoints, module, first_epoch):
 
 
 INITIALIZERS = {
-    # Keeps the scale of the activations, so that the embedding starts with a spread that lambda 0.01 to 1 can work on.
-    'xavier': mx.init.Xavier(factor_type='in', rnd_type='gaussian', magnitude=1),
+    # Small, so that the features are learned rather than found among the random ones at the start: of scales from 1/16 to 3 times the variance 1 / fan-in,
+    # a quarter validated best, and it trains at lambda 0 to 1.
+    'xavier': mx.init.Xavier(factor_type='in', rnd_type='gaussian', magnitude=0.25),
     # The recipe of the best-known MXNet version: an embedding that starts as nearly one point. It trains at small lambda only.
     'mixed': mx.init.Mixed(['.*fc.*', '.*'], [mx.init.Normal(0.001), mx.init.Xavier(factor_type='out', rnd_type='gaussian', magnitude=2)]),
 }
