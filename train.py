@@ -156,7 +156,7 @@ def parse_args(argv=None):
                           help='CPU contexts that share every batch as GPUs would, such as 0,1; empty: one')
     training.add_argument('--batch-size', type=number(int, minimum=1), default=100, metavar='B', help='images in a batch of one worker, over all its devices')
     training.add_argument('--num-epochs', type=number(int, minimum=1), default=20, metavar='N', help='epochs in all, with those before --resume')
-    training.add_argument('--lr', type=number(float, above=0, maximum=1e6),
+    training.add_argument('--lr', type=number(float, above=0, maximum=1e6), default=argparse.SUPPRESS,
                           help='learning rate of SGD (momentum 0.9, weight decay 5e-4); by default 0.05 for lenet, 0.01 for lenet++')
     training.add_argument('--embedding-lr-mult', type=number(float, above=0, maximum=1e6), default=0.1, metavar='M',
                           help="the embedding's weights learn at M times --lr: what keeps them stable at large lambda")
@@ -188,7 +188,7 @@ def parse_args(argv=None):
         parser.error(f'{given} needs {missing} beside it')
     if args.gpus and args.cpus:
         parser.error('--gpus and --cpus both name the devices: give one of them')
-    if args.lr is None:
+    if 'lr' not in args:
         args.lr = LEARNING_RATES[args.network]
     if args.num_workers and 'dist' not in args.kv_store:
         args.kv_store = 'dist_device_sync' if args.kv_store == 'device' else 'dist_sync'

@@ -129,6 +129,10 @@ def test_prelu_and_its_gradients_are_those_of_mxnets_own(shape):
     np.testing.assert_allclose(found[0][0], np.where(x > 0, x, x * slope[:, None, None]), rtol=1e-5, atol=1e-6)
 
 
+def test_the_learning_rate_is_that_of_the_network_unless_it_is_given():
+    assert [train.parse_args(line).lr for line in ([], ['--network=lenet++'], ['--network=lenet++', '--lr=0.05'])] == [0.05, 0.01, 0.05]
+
+
 @pytest.mark.parametrize('initializer', ['xavier', 'mixed'])
 def test_slopes_begin_at_a_quarter_and_learn_without_weight_decay(initializer):
     module = train_model.Module(train.get_symbol(network='lenet++'), label_names=LABELS)
@@ -139,11 +143,11 @@ def test_slopes_begin_at_a_quarter_and_learn_without_weight_decay(initializer):
     assert len(slopes) == 6 and all((before[name] == 0.25).all() for name in slopes)
     assert len(np.unique(before['conv3_2_weight'])) > 1000
     images, labels = digits(4)
-    train_on(module, images, labels, learning_rate=0.1, wd=0.5)
+    train_on(module, images, labels, learning_rate=0.01, wd=5)
     gradient, = module._exec_group.execs[0].grad_dict['prelu3_1_slope'],
     after = params_of(module)
     assert np.abs(gradient.asnumpy()).max() > 0
-    np.testing.assert_allclose(before['prelu3_1_slope'] - after['prelu3_1_slope'], 0.1 * gradient.asnumpy() / 4, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(before['prelu3_1_slope'] - after['prelu3_1_slope'], 0.01 * gradient.asnumpy() / 4, rtol=1e-3, atol=1e-7)
     assert np.linalg.norm(after['conv3_2_weight']) < 0.97 * np.linalg.norm(before['conv3_2_weight'])
 
 
