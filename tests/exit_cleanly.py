@@ -49,6 +49,7 @@ def main():
     parser.add_argument('--seconds', type=number(float, above=0), default=1800, help='begin nothing more after so long, and say how far it came')
     parser.add_argument('--seed', type=number(int, minimum=0), default=0, help='of the moments')
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has Ctrl-C ignored, and so would every run
     moments = random.Random(args.seed)
     outcomes, logs, wrong, duration = collections.Counter(), collections.defaultdict(set), [], 4
     start = time.monotonic()
