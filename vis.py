@@ -418,6 +418,10 @@ def draw_curves(paths):
         ax.set(title=metric.replace('_', ' '), xlabel='epoch')
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes[0].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=None))
+    ends = [list(curve.values())[-1] for curves in logs for (_, metric), curve in curves.items() if metric == 'accuracy']
+    bottom = 1 - 5 * (1 - min(ends, default=0))  # the first epochs would press all that follows against the upper edge
+    if bottom > axes[0].get_ylim()[0]:
+        axes[0].set_ylim(bottom, 1 + 0.04 * (1 - bottom))
     axes[1].set_yscale('log')  # the center loss of one run may be a hundred times that of another
     axes[1].yaxis.set_major_formatter('{x:g}')
     axes[1].yaxis.set_minor_formatter(lambda x, position: f'{x:g}' if f'{x:e}'[0] in '235' else '')

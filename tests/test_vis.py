@@ -529,6 +529,13 @@ def test_curves_are_drawn_for_every_log(trained, picture, capsys):
     assert re.search(rf'^log\.txt: 2 epochs, .*validation accuracy {last:.4f}', capsys.readouterr().out, re.MULTILINE)
 
 
+def test_the_first_epochs_do_not_press_the_other_ones_together(tmp_path):
+    values = [0.1, 0.8, 0.97, 0.98]
+    (tmp_path / 'log.txt').write_text(''.join(f'x Epoch[{epoch}] Validation-accuracy={value}\n' for epoch, value in enumerate(values)))
+    bottom, top = vis.draw_curves([tmp_path / 'log.txt']).axes[0].get_ylim()
+    assert bottom == pytest.approx(0.9) and 1 < top < 1.01
+
+
 def test_curves_are_written_to_a_file_of_their_own(trained):
     result = run('--curves', 'log.txt', cwd=trained)
     assert result.stdout.endswith('\nwrote curves.png\n') and result.stderr == ''
