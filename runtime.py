@@ -144,6 +144,10 @@ def number(kind, minimum=-math.inf, maximum=math.inf, above=-math.inf):
 def run_script(main):
     """Run ``main()`` and leave: status 0, a :class:`Failure` told in one line on stderr with its status, or 130 and 143 for Ctrl-C and SIGTERM."""
     def interrupt(number, frame):
+        while frame is not None:  # where MXNet is calling back into Python, as it does to bind an operator, an exception does not come through
+            if frame.f_code.co_filename == mx.operator.__file__:
+                leave(number, frame)
+            frame = frame.f_back
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN}
     try:

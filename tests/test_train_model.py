@@ -507,6 +507,23 @@ def test_stopped_while_it_is_imported_it_ends_without_a_word(name, number, statu
     assert os.listdir() == []
 
 
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_while_mxnet_calls_back_into_python_it_ends_without_a_word(number, status):
+    """An exception would not come through there: MXNet went on with what the callback had not filled in, and crashed."""
+    program = f"""if True:
+        import os, sys; sys.path.insert(0, {str(ROOT)!r})
+        from runtime import run_script, mx
+        import center_loss
+        @mx.operator.register('stopped')
+        class Stopped(center_loss.CenterLossProp):
+            def list_arguments(self):
+                os.kill(os.getpid(), {int(number)})
+                return super().list_arguments()
+        run_script(lambda: mx.sym.Custom(mx.sym.var('x'), mx.sym.var('y'), op_type='stopped', num_class=3))"""
+    result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=60)
+    assert (result.stdout, result.stderr, result.returncode) == ('', '', status)
+
+
 def test_every_way_to_end_a_run_is_clean():
     """A few of what tests/exit_cleanly.py does many times."""
     result = subprocess.run([sys.executable, ROOT / 'tests' / 'exit_cleanly.py', '--runs', '7'], capture_output=True, text=True, timeout=200)
