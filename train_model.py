@@ -286,7 +286,8 @@ def logging_to(path, rank):
             logger.addHandler(handler)
             for record in held.buffer:
                 handler.handle(record)
-        redirected.enter_context(logging_redirect_tqdm())
+        if sys.stderr.isatty():  # elsewhere there is no bar, and a line is written as one: those of several workers stay apart
+            redirected.enter_context(logging_redirect_tqdm())
 
     logger.setLevel(logging.INFO)
     logger.addHandler(held)

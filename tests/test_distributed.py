@@ -157,6 +157,7 @@ def test_a_worker_that_is_killed_stops_the_run_which_then_continues_to_the_same_
     assert re.fullmatch(rf'train.py: error: the worker 1 was killed \(SIGKILL\), the others are stopped; the last whole checkpoint is '
                         rf'center_loss-{epoch:04d}.params; continue with: python .*train.py .* --num-workers=2 .* --resume', told.splitlines()[-1])
     assert not any(Path(f'/proc/{pid}').exists() for pid in started.values())
+    assert all(re.match(r'\d{4}-\d\d-\d\d \S+ Node\[[01]\] ', line) for line in told.splitlines()[:-1])  # those of two workers stay apart
 
     result = subprocess.run([*command, f'--num-epochs={epoch + 1}', '--resume'], capture_output=True, text=True, timeout=60, env=environment)
     assert result.returncode == 0, result.stderr
