@@ -27,11 +27,11 @@ import vis  # noqa: E402
 from runtime import ArgumentParser, Failure, InputError, available_cpus, number, run_script  # noqa: E402
 from train_model import Checkpoints  # noqa: E402
 
-JOINT = '--center-loss-weight=0.1'  # where one lambda stands for center loss
+JOINT = '--center-loss-weight=1'  # where one lambda stands for center loss
 RUNS = {
     'softmax': '--center-loss-weight=0',
     **{f'lambda-{weight}': f'--center-loss-weight={weight}' for weight in ('0.001', '0.01', '0.1', '1')},
-    **{f'alpha-{alpha}': f'{JOINT} --alpha={alpha}' for alpha in ('0.01', '0.1', '1')},  # 0.5 is the default: lambda-0.1
+    **{f'alpha-{alpha}': f'{JOINT} --alpha={alpha}' for alpha in ('0.01', '0.1', '1')},  # 0.5 is the default: lambda-1
     'ring-softmax': '--no-bias --center-loss-weight=0',
     'ring-joint': f'--no-bias {JOINT}',
     'lenet++-softmax': '--network=lenet++ --center-loss-weight=0',
@@ -40,15 +40,15 @@ RUNS = {
        for dim in (2, 32) for name, objective in (('softmax', '--center-loss-weight=0'), ('joint', JOINT))},
 }
 LAMBDAS = ['softmax', 'lambda-0.001', 'lambda-0.01', 'lambda-0.1', 'lambda-1']
-ALPHAS = ['alpha-0.01', 'alpha-0.1', 'lambda-0.1', 'alpha-1']
-ANIMATED = 'lambda-0.1'
+ALPHAS = ['alpha-0.01', 'alpha-0.1', 'lambda-1', 'alpha-1']
+ANIMATED = 'lambda-1'
 PARTS = {'lambda': LAMBDAS, 'alpha': ALPHAS, **{part: [name for name in RUNS if name.startswith(part)] for part in ('ring', 'lenet++', 'open-set')}}
 
 # (part, file, options of vis.py), of the first seed
 PICTURES = [
-    ('lambda', 'mnist.png', ['--compare', 'softmax', '--model-prefix', 'lambda-0.1']),
+    ('lambda', 'mnist.png', ['--compare', 'softmax', '--model-prefix', 'lambda-1']),
     ('lambda', 'lambda.png', ['--grid', *LAMBDAS]),
-    ('lambda', 'curves.png', ['--curves', 'softmax.txt', 'lambda-0.1.txt']),
+    ('lambda', 'curves.png', ['--curves', 'softmax.txt', 'lambda-1.txt']),
     ('lambda', 'evolution.gif', ['--model-prefix', ANIMATED]),
     ('alpha', 'alpha.png', ['--grid', *ALPHAS]),
     ('ring', 'ring.png', ['--compare', 'ring-softmax', '--model-prefix', 'ring-joint']),
