@@ -320,6 +320,11 @@ def draw_embeddings(panels, class_names):
     return figure
 
 
+def with_palette(image, colours):
+    """The image with a palette of so many colours, chosen so that every class keeps its own."""
+    return image.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+
+
 class GifWriter(matplotlib.animation.AbstractMovieWriter):
     """Writes a GIF whose frames share one palette, without dithering: a fraction of the size, and nothing flickers."""
 
@@ -334,7 +339,7 @@ class GifWriter(matplotlib.animation.AbstractMovieWriter):
     def finish(self):
         if not self.frames:  # interrupted before the first
             return
-        palette = self.frames[-1].quantize(FRAME_COLOURS, Image.Quantize.MAXCOVERAGE)  # keeps the colour of every class
+        palette = with_palette(self.frames[-1], FRAME_COLOURS)
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in self.frames]
         duration = 1000 // self.fps  # ms
         frames[0].save(self.outfile, save_all=True, append_images=frames[1:], loop=0,
@@ -465,8 +470,8 @@ def save(figure, path):
         figure.savefig(beside, dpi=DPI)
         if path.suffix.lower() == '.png':
             with Image.open(beside) as image:
-                palette_image = image.convert('RGB').quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-            palette_image.save(beside, dpi=(DPI, DPI), optimize=True)
+                smaller = with_palette(image.convert('RGB'), 256)
+            smaller.save(beside, dpi=(DPI, DPI), optimize=True)
 
 
 def parse_args(argv=None):

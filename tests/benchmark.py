@@ -308,41 +308,38 @@ def measure_flops(table, args):
     """Target 6: the arithmetic achieved, as a share of what a product of large matrices achieves."""
     size = 2048
     a, b = mx.nd.ones((size, size)), mx.nd.ones((size, size))
-    module = module_of(train.get_symbol(), 128)
-    label = mx.nd.zeros(128)
+    turns = Turns(lambda: mx.nd.dot(a, b), thirty_steps())
+    product, step = turns.median(0), turns.median(1)
+    table.add('', 'operations of a training step per image', flops_per_image() / 1e6, 'Mflop')
+    table.add('', f'product of two matrices of {size} x {size}', 2 * size ** 3 / product / 1e9, 'Gflop/s')
+    table.add('', 'training step, batch 128', flops_per_image() * 128 * 30 / step / 1e9, 'Gflop/s')
+    table.add(6, 'training step over the product of matrices, share of its rate', flops_per_image() * 128 * 30 / step / (2 * size ** 3 / product), 'x')
+    profile(table)
+
+
+def thirty_steps():
+    """A function that makes 30 training steps of batch 128, of a module of its own."""
+    module, label = module_of(train.get_symbol(), 128), mx.nd.zeros(128)
     batch = mx.io.DataBatch([mx.nd.zeros((128, 1, 28, 28))], [label, label])
 
     def steps():
         for _ in range(30):
             module.forward_backward(batch)
             module.update()
-
-    turns = Turns(lambda: mx.nd.dot(a, b), steps)
-    product, step = turns.median(0), turns.median(1)
-    table.add('', 'operations of a training step per image', flops_per_image() / 1e6, 'Mflop')
-    table.add('', f'product of two matrices of {size} x {size}', 2 * size ** 3 / product / 1e9, 'Gflop/s')
-    table.add('', 'training step, batch 128', flops_per_image() * 128 * 30 / step / 1e9, 'Gflop/s')
-    table.add(6, 'training step over the product of matrices, share of its rate', flops_per_image() * 128 * 30 / step / (2 * size ** 3 / product), 'x')
-    profile(table, batch)
+        mx.nd.waitall()
+    return steps
 
 
-def profile(table, batch):
+def profile(table):
     """Rows of what the operators of a step take, one by one instead of in the groups that the engine runs as one otherwise."""
     os.environ['MXNET_EXEC_BULK_EXEC_TRAIN'] = '0'
-    module, steps = module_of(train.get_symbol(), 128), 30
-
-    def run():
-        for _ in range(steps):
-            module.forward_backward(batch)
-            module.update()
-        mx.nd.waitall()
-
-    run()
+    steps = thirty_steps()
+    steps()
     mx.profiler.set_config(profile_symbolic=True, profile_imperative=True, aggregate_stats=True, filename=os.devnull)
     mx.profiler.set_state('run')
-    run()
+    steps()
     mx.profiler.set_state('stop')
-    spent = {name: float(total) / steps for name, total in re.findall(r'^(\S+) +\d+ +([\d.]+) ', mx.profiler.dumps(reset=True), re.MULTILINE)
+    spent = {name: float(total) / 30 for name, total in re.findall(r'^(\S+) +\d+ +([\d.]+) ', mx.profiler.dumps(reset=True), re.MULTILINE)
              if 'Memory' not in name and not name.startswith('MX')}  # MX: calls of the library, which wait for the operators
     for name, milliseconds in sorted(spent.items(), key=lambda item: -item[1])[:16]:
         table.add('', f'    of a step of batch 128: {name}', milliseconds, 'ms')

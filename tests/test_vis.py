@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import seaborn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
@@ -689,3 +690,18 @@ def test_an_animation_that_is_interrupted_leaves_the_one_before_it(tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         vis.animate([vis.Panel(np.eye(10, 2, dtype='f'), labels, 'title', 'caption')], NAMES, target)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [('film.gif', 'of an earlier run')]
+
+
+def test_a_saved_png_keeps_the_colour_of_every_class(tmp_path):
+    labels = np.arange(5000) % 10
+    angle = labels * np.pi / 5
+    points = np.random.default_rng(0).normal(10 * np.stack([np.cos(angle), np.sin(angle)], axis=1), 1)
+    figure, ax = plt.subplots(figsize=(8, 8))
+    vis.plot_embeddings(ax, points, labels, data.load_digits('mnist-5k').class_names, 'title', 'caption', 10)
+    vis.save(figure, tmp_path / 'picture.png')
+    plt.close(figure)
+    with Image.open(tmp_path / 'picture.png') as image:
+        assert image.mode == 'P'
+        drawn = np.array([colour for _, colour in image.convert('RGB').getcolors()])
+    for colour in 255 * np.array(seaborn.color_palette(vis.PALETTE, 10)):
+        assert np.abs(drawn - colour).max(axis=1).min() < 8
