@@ -39,6 +39,7 @@ MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 LOG_EVERY = 50  # batches between two lines of the log
 COLLAPSED = 1e-4  # of 1/K, see stop_unless_sound
+SMALL = 10_000  # elements of a parameter, see Updater
 
 # What may differ between a run and its continuation without changing a single weight.
 NOT_OF_THE_RUN = {'data_dir', 'log_dir', 'log_file', 'load_epoch', 'model_prefix', 'num_epochs', 'resume', 'save_model_prefix'}
@@ -418,6 +419,7 @@ class Module(mx.mod.Module):
 
     def init_optimizer(self, *args, **kwargs):
         super().init_optimizer(*args, **kwargs)
+        self._updater = Updater(self._optimizer)
         if self._num_workers() > 1:
             self._take_from_rank_0()
         if self.initial_momentum is not None:
@@ -493,6 +495,22 @@ class Module(mx.mod.Module):
     def momentum(self):
         """Momentum of every parameter by name. All devices and workers hold the same."""
         return {self._optimizer.idx2name[index]: state for index, state in self._updater.states.items()}
+
+
+class Updater(mx.optimizer.Updater):
+    """MXNet's, with one operation for all small parameters together: most of what an update of a small one takes is Python.
+
+    MXNet's common operation runs over the length of its longest array once for every array, so that each large parameter keeps one of its own.
+    """
+
+    groups = None  # positions in the lists that __call__ gets, the same in every call
+
+    def __call__(self, index, grad, weight):
+        if self.groups is None:
+            small = [i for i, array in enumerate(weight) if array.size <= SMALL]
+            self.groups = [[i] for i in range(len(weight)) if i not in small] + [small] * bool(small)
+        for group in self.groups:
+            super().__call__(*([values[i] for i in group] for values in (index, grad, weight)))
 
 
 def summed(parts):

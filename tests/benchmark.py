@@ -32,7 +32,7 @@ import center_loss  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
 from runtime import ArgumentParser, Failure, available_cpus, mx, run_script  # noqa: E402
-from train_model import INITIALIZERS, metrics  # noqa: E402
+from train_model import INITIALIZERS, Module, metrics  # noqa: E402
 
 ROUNDS = 7
 OPTIMIZER = {'learning_rate': 0.01, 'momentum': 0.9, 'wd': 5e-4}
@@ -124,7 +124,7 @@ def median_ratio(first, second):
 
 
 def module_of(network, batch_size, labels=('softmax_label', 'center_label')):
-    module = mx.mod.Module(network, label_names=list(labels))
+    module = Module(network, label_names=list(labels))
     module.bind([('data', (batch_size, 1, 28, 28))], [(name, (batch_size,)) for name in labels])
     module.init_params(INITIALIZERS['xavier'])
     module.init_optimizer(kvstore=None, optimizer_params=OPTIMIZER)

@@ -229,6 +229,26 @@ def test_the_learning_rate_rises_to_its_place_over_the_first_epochs():
         assert [rate(update) for update in (risen, 60, 61)] == pytest.approx([0.8, 0.8, 0.4])
 
 
+def test_every_parameter_small_or_large_moves_by_sgd_with_momentum_and_weight_decay():
+    train_iterator, _ = data.mnist_iterator(50, dataset='mnist-5k')
+    module = train_model.Module(train.get_symbol(embedding_lr_mult=0.1), label_names=['softmax_label', 'center_label'])
+    module.bind(train_iterator.provide_data, train_iterator.provide_label)
+    module.init_params(train_model.INITIALIZERS['xavier'])
+    module.init_optimizer(kvstore=None, optimizer_params=train_model.optimizer_options(options('--warmup-epochs=0'), 80, 0))
+    expected = {name: value.asnumpy() for name, value in module.get_params()[0].items()}
+    momentum = dict.fromkeys(expected, 0)
+    for batch in (next(train_iterator) for _ in range(3)):
+        module.forward_backward(batch)
+        for name, value in expected.items():
+            gradient = module._exec_group.execs[0].grad_dict[name].asnumpy() / 50 + (0 if name.endswith('bias') else 5e-4) * value
+            momentum[name] = 0.9 * momentum[name] - (0.01 if name == 'embedding_weight' else 0.1) * gradient
+            expected[name] = value + momentum[name]
+        module.update()
+        for name, value in module.get_params()[0].items():
+            np.testing.assert_allclose(value.asnumpy(), expected[name], rtol=1e-4, atol=1e-7, err_msg=name)
+    assert {value.size > train_model.SMALL for value in expected.values()} == {False, True}
+
+
 def test_a_gradient_is_clipped_to_what_is_asked(caplog):
     train_small('--save-model-prefix', 'clipped', '--num-epochs', 1, '--num-examples', 50, '--clip-gradient', 1e-7)
     train_small('--save-model-prefix', 'free', '--num-epochs', 1, '--num-examples', 50)
