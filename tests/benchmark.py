@@ -261,35 +261,39 @@ def data_options(args):
 
 
 def measure_overhead(table, args):
-    """Target 5: train.py, with everything it does, over a bare loop that does the same computations on arrays in memory."""
-    # Turns that are short and many: a shared machine changes its pace from one minute to the next.
-    (epochs, turns), whole, bare = ((3, 3) if args.data_dir else (4, 6)), [], []
-    for _ in range(turns):
-        with trained(epochs, *data_options(args)) as folder:
-            ends = re.findall(r'^(\S+ \S+) Node\[0\] Epoch\[\d+\] Validation-center_loss', (folder / 'log.txt').read_text(), re.MULTILINE)
-        begin, *_, end = (datetime.strptime(time, '%Y-%m-%d %H:%M:%S,%f') for time in ends)
-        whole.append((end - begin).total_seconds() / (epochs - 1))
-        images, second = map(float, run_part('--bare-epochs', str(epochs - 1), *(['--data-dir', args.data_dir] if args.data_dir else [])).split())
-        bare.append(second)
-    table.add(5, 'train.py over a bare loop of the same forwards, backwards and updates', median_ratio(bare, whole), 'x', at_least=0.95)
-    table.add('', 'train.py, training images with validation, log and checkpoints', images / statistics.median(whole), 'images/s')
-
-
-def bare_epochs(args):
-    """Training images of an epoch, and its seconds in a loop that computes what train.py computes, on one batch that lies in memory."""
+    """Target 5: train.py, with everything it does, over a bare loop that does the same computations on one batch that lies in memory. The two take turns
+    in one process: a shared machine changes its pace from one minute to the next."""
     digits = data.load_digits('auto' if args.data_dir else 'mnist-5k', args.data_dir)
-    steps, forwards = len(digits.train_images) // 128, len(digits.val_images) // 128
+    steps, forwards = len(digits.train_images) // 128, round(len(digits.val_images) / 128)
     module = module_of(train.get_symbol(), 128)
     label = mx.nd.array(digits.train_labels[:128])
     batch = mx.io.DataBatch([mx.nd.array(digits.train_images[:128, None] / 256)], [label, label])
+    epochs, rounds = (1, 3) if args.data_dir else (3, 7)
 
-    def bare_epoch():
-        for _ in range(steps):
-            module.forward_backward(batch)
-            module.update()
-        for _ in range(forwards):
-            module.forward(batch, is_train=False)
-    print(steps * 128, Turns(bare_epoch, rounds=args.bare_epochs).median())
+    def bare():
+        """Seconds of an epoch."""
+        begin = time.perf_counter()
+        for _ in range(epochs):
+            for _ in range(steps):
+                module.forward_backward(batch)
+                module.update()
+            for _ in range(forwards):
+                module.forward(batch, is_train=False)
+            mx.nd.waitall()
+        return (time.perf_counter() - begin) / epochs
+
+    def whole():
+        """Seconds of an epoch, from its validation to that of the next one; the first epoch aside."""
+        with tempfile.TemporaryDirectory() as folder:
+            sys.argv[1:] = ['--batch-size=128', f'--num-epochs={epochs + 1}', f'--save-model-prefix={folder}/run', f'--log_dir={folder}', *data_options(args)]
+            train.main()
+            ends = re.findall(r'^(\S+ \S+) Node\[0\] Epoch\[\d+\] Validation-center_loss', Path(folder, 'log.txt').read_text(), re.MULTILINE)
+        begin, *_, end = (datetime.strptime(time, '%Y-%m-%d %H:%M:%S,%f') for time in ends)
+        return (end - begin).total_seconds() / epochs
+
+    turns = [(bare(), whole()) for _ in range(rounds + 1)][1:]
+    table.add(5, 'train.py over a bare loop of the same forwards, backwards and updates', median_ratio(*zip(*turns)), 'x', at_least=0.95)
+    table.add('', 'train.py, training images with validation, log and checkpoints', steps * 128 / statistics.median(turn[1] for turn in turns), 'images/s')
 
 
 def flops_per_image():
@@ -394,7 +398,6 @@ def main():
     parts.add_argument('--part', choices=list(PARTS), help='print the rows of this part as JSON')
     parts.add_argument('--memory-of-operator', type=int, metavar='K', help='print the memory that the operator adds with K classes')
     parts.add_argument('--epochs-of-training', action='store_true', help='print the images per second of training')
-    parts.add_argument('--bare-epochs', type=int, metavar='N', help='print the images and the seconds of an epoch of a bare loop')
     args = parser.parse_args()
     if args.part:
         table = Table()
@@ -404,8 +407,6 @@ def main():
         memory_of_operator(args.memory_of_operator)
     elif args.epochs_of_training:
         epochs_of_training()
-    elif args.bare_epochs:
-        bare_epochs(args)
     else:
         run_all(args)
 
