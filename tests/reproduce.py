@@ -23,6 +23,7 @@ import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
+import train  # noqa: E402
 import vis  # noqa: E402
 from runtime import ArgumentParser, Failure, InputError, available_cpus, number, run_script  # noqa: E402
 from train_model import Checkpoints  # noqa: E402
@@ -34,8 +35,8 @@ RUNS = {
     **{f'alpha-{alpha}': f'{JOINT} --alpha={alpha}' for alpha in ('0.01', '0.1', '1')},  # 0.5 is the default: lambda-1
     'ring-softmax': '--no-bias --center-loss-weight=0',
     'ring-joint': f'--no-bias {JOINT}',
-    'lenet++-softmax': '--network=lenet++ --center-loss-weight=0',
-    'lenet++-joint': f'--network=lenet++ {JOINT}',
+    **{f'lenet++-{name}': f'--network=lenet++ --num-epochs=10 --lr-factor-epoch=5 {objective}'  # of twenty times the work each
+       for name, objective in (('softmax', '--center-loss-weight=0'), ('joint', JOINT))},
     **{f'open-set-{dim}-{name}': f'--num-classes=6 --embedding-dim={dim} {objective}'
        for dim in (2, 32) for name, objective in (('softmax', '--center-loss-weight=0'), ('joint', JOINT))},
 }
@@ -67,9 +68,9 @@ class Run:
         self.name = name
         self.folder = args.work / f'seed-{seed}'
         self.record = self.folder / f'{name}.json'
-        self.num_epochs = args.num_epochs
         self.keep_all = name == ANIMATED and seed == 0
-        self.command = [*shlex.split(RUNS[name]), *common_options(args), f'--seed={seed}', f'--save-model-prefix={name}', f'--log-file={name}.txt']
+        self.command = [*common_options(args), *shlex.split(RUNS[name]), f'--seed={seed}', f'--save-model-prefix={name}', f'--log-file={name}.txt']
+        self.options = train.parse_args(self.command)
 
     def result(self):
         """What is measured of the finished run, by column, or {'failure': sentence}; None where it is not finished."""
@@ -108,9 +109,8 @@ class Run:
 
     def measure(self):
         """Embed all validation images with the last checkpoint, and measure."""
-        options = dict(option.split('=', 1) for option in self.command if '=' in option)
-        digits = data.load_digits(options['--dataset'], options.get('--data-dir'))
-        embeddings, logits = vis.embed(str(self.folder / self.name), self.num_epochs, digits.val_images)
+        digits = data.load_digits(self.options.dataset, self.options.data_dir)
+        embeddings, logits = vis.embed(str(self.folder / self.name), self.options.num_epochs, digits.val_images)
         num_seen, labels = logits.shape[1], digits.val_labels
         seen = labels < num_seen
         seconds = re.findall(r'Time cost=(\S+)', (self.folder / f'{self.name}.txt').read_text())
@@ -123,7 +123,7 @@ class Run:
         checkpoints = Checkpoints(str(self.folder / self.name))
         for epoch in checkpoints.epochs():
             checkpoints.states(epoch).unlink(missing_ok=True)
-            if epoch < self.num_epochs and not self.keep_all:
+            if epoch < self.options.num_epochs and not self.keep_all:
                 checkpoints.params(epoch).unlink()
 
 
@@ -178,7 +178,7 @@ def main():
     parser.add_argument('--images', type=Path, metavar='DIR', help='write the pictures to this folder')
     parser.add_argument('--only', nargs='+', choices=list(PARTS), default=list(PARTS), metavar='PART', help='some of: ' + ', '.join(PARTS))
     parser.add_argument('--seeds', type=number(int, minimum=1), default=3, metavar='N', help='every run with the seeds 0 to N-1')
-    parser.add_argument('--num-epochs', type=number(int, minimum=1), default=20, metavar='N', help='epochs of every run')
+    parser.add_argument('--num-epochs', type=number(int, minimum=1), default=20, metavar='N', help='epochs of every run that does not say otherwise')
     parser.add_argument('--num-examples', type=number(int, minimum=1), default=60000, metavar='N', help='use only the first N training images')
     parser.add_argument('--options', default='--batch-size=128', help='options of train.py for every run, as one argument')
     args = parser.parse_args()
@@ -186,7 +186,7 @@ def main():
     names = [name for name in RUNS if any(name in PARTS[part] for part in args.only)]
     runs = [Run(name, seed, args) for seed in range(args.seeds) for name in names]
     unfinished = [run for run in runs if run.result() is None]
-    with tqdm(total=len(unfinished) * args.num_epochs, unit='epoch', disable=None) as progress:
+    with tqdm(total=sum(run.options.num_epochs for run in unfinished), unit='epoch', disable=None) as progress:
         for run in unfinished:
             progress.set_description(f'{run.name}, {run.folder.name}')
             run.train(progress)
