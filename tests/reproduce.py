@@ -29,21 +29,23 @@ from runtime import ArgumentParser, Failure, InputError, available_cpus, number,
 from train_model import Checkpoints  # noqa: E402
 
 JOINT = '--center-loss-weight=1'  # where one lambda stands for center loss
+OBJECTIVES = {'softmax': '--center-loss-weight=0', 'joint': JOINT}
 RUNS = {
-    'softmax': '--center-loss-weight=0',
+    'softmax': OBJECTIVES['softmax'],
     **{f'lambda-{weight}': f'--center-loss-weight={weight}' for weight in ('0.001', '0.01', '0.1', '1')},
     **{f'alpha-{alpha}': f'{JOINT} --alpha={alpha}' for alpha in ('0.01', '0.1', '1')},  # 0.5 is the default: lambda-1
-    'ring-softmax': '--no-bias --center-loss-weight=0',
-    'ring-joint': f'--no-bias {JOINT}',
-    **{f'lenet++-{name}': f'--network=lenet++ --num-epochs=10 --lr-factor-epoch=5 {objective}'  # of twenty times the work each
-       for name, objective in (('softmax', '--center-loss-weight=0'), ('joint', JOINT))},
-    **{f'open-set-{dim}-{name}': f'--num-classes=6 --embedding-dim={dim} {objective}'
-       for dim in (2, 32) for name, objective in (('softmax', '--center-loss-weight=0'), ('joint', JOINT))},
+    # Smaller batches and a rate that falls gently: of six schedules the best on 10,000 training images that were held out.
+    **{f'accuracy-{name}': f'--batch-size=64 --lr-factor=0.3 --lr-factor-epoch=5 {objective}' for name, objective in OBJECTIVES.items()},
+    **{f'ring-{name}': f'--no-bias {objective}' for name, objective in OBJECTIVES.items()},
+    # Each epoch is of twenty times the work.
+    **{f'lenet++-{name}': f'--network=lenet++ --num-epochs=10 --lr-factor-epoch=5 {objective}' for name, objective in OBJECTIVES.items()},
+    **{f'open-set-{dim}-{name}': f'--num-classes=6 --embedding-dim={dim} {objective}' for dim in (2, 32) for name, objective in OBJECTIVES.items()},
 }
 LAMBDAS = ['softmax', 'lambda-0.001', 'lambda-0.01', 'lambda-0.1', 'lambda-1']
 ALPHAS = ['alpha-0.01', 'alpha-0.1', 'lambda-1', 'alpha-1']
 ANIMATED = 'lambda-1'
-PARTS = {'lambda': LAMBDAS, 'alpha': ALPHAS, **{part: [name for name in RUNS if name.startswith(part)] for part in ('ring', 'lenet++', 'open-set')}}
+PARTS = {'lambda': LAMBDAS, 'alpha': ALPHAS,
+         **{part: [name for name in RUNS if name.startswith(part)] for part in ('accuracy', 'ring', 'lenet++', 'open-set')}}
 
 # (part, file, options of vis.py), of the first seed
 PICTURES = [
