@@ -22,6 +22,7 @@ from runtime import memory_of, mx
 
 __all__ = ['Accuracy', 'CenterLoss', 'CenterLossMetric', 'CenterLossProp', 'read_centers', 'write_centers']
 
+MOST_QUEUED = 32  # batches that a metric has yet to count: as many may lie in memory, waiting for the device
 
 class CenterLoss(mx.operator.CustomOp):
     """Center loss (Eq. 2), its gradient (Eq. 3), and the movement of the centers (Eq. 4), for one device.
@@ -244,16 +245,44 @@ def come_to_rest():
 
 
 class _MeanOverImages(mx.metric.EvalMetric):
-    """The mean over images of a quantity; what is local goes with ``reset_local``, what is global lasts until ``reset``."""
+    """The mean over images of a quantity; what is local goes with ``reset_local``, what is global lasts until ``reset``.
+
+    A batch is queued without waiting for the device, so that the next steps can be queued behind it, and counted when somebody asks for the mean.
+    The arrays that it was given may change in between.
+    """
 
     def __init__(self, name, output_names, label_names):
         super().__init__(name, output_names=list(output_names), label_names=list(label_names), has_global_stats=True)
 
-    def _add(self, total, images):
-        self.sum_metric += total
-        self.global_sum_metric += total
-        self.num_inst += images
-        self.global_num_inst += images
+    def reset(self):
+        self._queued = []
+        super().reset()
+
+    def reset_local(self):
+        self._count_queued()
+        super().reset_local()
+
+    def update(self, labels, preds):
+        self._queued.append(self._queue(labels, preds))
+        if len(self._queued) == MOST_QUEUED:
+            self._count_queued()
+
+    def get(self):
+        self._count_queued()
+        return super().get()
+
+    def get_global(self):
+        self._count_queued()
+        return super().get_global()
+
+    def _count_queued(self):
+        queued, self._queued = self._queued, []
+        for batch in queued:
+            total, images = self._count(*batch)
+            self.sum_metric += total
+            self.global_sum_metric += total
+            self.num_inst += images
+            self.global_num_inst += images
 
 
 class Accuracy(_MeanOverImages):
@@ -265,10 +294,11 @@ class Accuracy(_MeanOverImages):
     def __init__(self, name='accuracy', output_names=('softmax_output',), label_names=('softmax_label',)):
         super().__init__(name, output_names, label_names)
 
-    def update(self, labels, preds):
-        predicted = preds[0].asnumpy().argmax(axis=1)
-        label = labels[0].asnumpy()
-        self._add(int((predicted == label).sum()), len(label))
+    def _queue(self, labels, preds):
+        return mx.nd.argmax(preds[0], axis=1), labels[0].asnumpy()
+
+    def _count(self, predicted, label):
+        return int((predicted.asnumpy() == label).sum()), len(label)
 
 
 class CenterLossMetric(_MeanOverImages):
@@ -281,8 +311,11 @@ class CenterLossMetric(_MeanOverImages):
     def __init__(self, name='center_loss', output_names=('center_loss_output',), label_names=('center_label',)):
         super().__init__(name, output_names, label_names)
 
-    def update(self, labels, preds):
-        means = preds[0].asnumpy().astype(np.float64)
-        shares = mx.executor_manager._split_input_slice(len(labels[0]), [1] * len(means))
+    def _queue(self, labels, preds):
+        return preds[0].copy(), len(labels[0])
+
+    def _count(self, means, batch_size):
+        means = means.asnumpy().astype(np.float64)
+        shares = mx.executor_manager._split_input_slice(batch_size, [1] * len(means))
         images = [share.stop - share.start for share in shares]
-        self._add(float(np.dot(means, images)), sum(images))
+        return float(np.dot(means, images)), sum(images)

@@ -25,6 +25,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ WEIGHT_DECAY = 5e-4
 LOG_EVERY = 50  # batches between two lines of the log
 COLLAPSED = 1e-4  # of 1/K, see stop_unless_sound
 SMALL = 10_000  # elements of a parameter, see Updater
+AHEAD, MOST_STEPS = 0.4, 10  # seconds and steps, see Watch
 
 # What may differ between a run and its continuation without changing a single weight.
 NOT_OF_THE_RUN = {'data_dir', 'log_dir', 'log_file', 'load_epoch', 'model_prefix', 'num_epochs', 'resume', 'save_model_prefix'}
@@ -113,7 +115,7 @@ def fit(args, network, data_loader, data_shape, devices=None):
                 kv._barrier()
                 checkpoints.current = epoch + 1
 
-        with StopRequest() as stop_request, ProgressBar(args.batch_size, train.num_batches, args.num_epochs, shown=kv.rank == 0) as progress_bar:
+        with StopRequest() as stop_request, Watch(args.batch_size, train.num_batches, args.num_epochs, shown=kv.rank == 0) as watch:
             try:
                 module.fit(
                     train,
@@ -127,7 +129,7 @@ def fit(args, network, data_loader, data_shape, devices=None):
                     allow_missing=True,
                     begin_epoch=first_epoch,
                     num_epoch=args.num_epochs,
-                    batch_end_callback=[progress_bar, stop_unless_finite, stop_request, mx.callback.Speedometer(args.batch_size, LOG_EVERY)],
+                    batch_end_callback=[watch, stop_request, mx.callback.Speedometer(args.batch_size, LOG_EVERY)],
                     epoch_end_callback=finish_epoch,
                 )
             except Failure as failure:
@@ -207,13 +209,6 @@ class Diverged(Failure):
         super().__init__(f'training diverged: {what} in {where}; try a smaller --lr or --center-loss-weight, a longer --warmup-epochs, --clip-gradient, or the default --initializer')
 
 
-def stop_unless_finite(param):
-    """A batch-end callback that raises Diverged when a metric of the epoch is no longer a finite number."""
-    for name, value in param.eval_metric.get_global_name_value():
-        if not math.isfinite(value):
-            raise Diverged(f'{name} is {value}', f'epoch {param.epoch + 1}, batch {param.nbatch + 1}')
-
-
 class WidestDifference(mx.metric.EvalMetric):
     """The widest difference between the probabilities, ``softmax_output`` (B, K), that two images get for one class, as a multiple of 1/K."""
 
@@ -221,14 +216,16 @@ class WidestDifference(mx.metric.EvalMetric):
         super().__init__('widest_difference', output_names=['softmax_output'], label_names=['softmax_label'])
 
     def reset(self):
-        self.low, self.high = math.inf, -math.inf
+        self.low = self.high = None  # (K,), on the device: nobody waits for them before the end
 
     def update(self, labels, preds):
-        probability = preds[0].asnumpy()
-        self.low, self.high = np.minimum(self.low, probability.min(axis=0)), np.maximum(self.high, probability.max(axis=0))
+        low, high = mx.nd.min(preds[0], axis=0), mx.nd.max(preds[0], axis=0)
+        if self.low is not None:
+            low, high = mx.nd.minimum(low, self.low.as_in_context(low.context)), mx.nd.maximum(high, self.high.as_in_context(high.context))
+        self.low, self.high = low, high
 
     def get(self):
-        return self.name, float(np.max(self.high - self.low)) * np.size(self.high)
+        return self.name, float(np.max(self.high.asnumpy() - self.low.asnumpy())) * self.low.size
 
 
 def stop_unless_sound(where, reported, difference, *parameters):
@@ -688,8 +685,13 @@ def bytes_to_array(data):
     return mx.nd.array(np.frombuffer(data, np.uint8), dtype=np.uint8)
 
 
-class ProgressBar:
-    """A batch-end callback: on a terminal, a bar for every epoch with images/s, accuracy and center loss; nothing elsewhere."""
+class Watch:
+    """A batch-end callback that looks at the metrics: it stops a run that diverges, and on a terminal it moves a bar for every epoch, with images/s,
+    accuracy and center loss.
+
+    Looking waits for the device. Between two looks the steps are queued, a few and for no more than AHEAD seconds of work: queueing them together takes
+    this process a fraction of the time, which the device's threads have on the same processors.
+    """
 
     def __init__(self, batch_size, num_batches, num_epochs, shown=True):
         self.batch_size = batch_size
@@ -697,6 +699,7 @@ class ProgressBar:
         self.num_epochs = num_epochs
         self.hidden = None if shown else True  # None: shown on a terminal
         self.bar = None
+        self.steps = 1  # from one look to the next
 
     def __enter__(self):
         return self
@@ -706,11 +709,22 @@ class ProgressBar:
             self.bar.close()
 
     def __call__(self, param):
+        done = param.nbatch + 1
         if param.nbatch == 0:
             self.bar = tqdm(total=self.num_batches * self.batch_size, desc=f'epoch {param.epoch + 1}/{self.num_epochs}', unit=' images',
                             unit_scale=True, leave=False, disable=self.hidden)
+            self.seen, self.seen_at = 0, time.monotonic()
+        if done - self.seen < self.steps and done < self.num_batches:
+            return
+        values = param.eval_metric.get_global_name_value()
+        for name, value in values:
+            if not math.isfinite(value):
+                raise Diverged(f'{name} is {value}', f'epoch {param.epoch + 1}, batch {done}')
         if not self.bar.disable:
-            self.bar.set_postfix({name: f'{value:.4f}' for name, value in param.eval_metric.get_global_name_value()}, refresh=False)
-        self.bar.update(self.batch_size)
-        if param.nbatch + 1 == self.num_batches:
+            self.bar.set_postfix({name: f'{value:.4f}' for name, value in values}, refresh=False)
+        self.bar.update(self.batch_size * (done - self.seen))
+        now = time.monotonic()
+        self.steps = min(MOST_STEPS, max(1, int(AHEAD * (done - self.seen) / (now - self.seen_at))))
+        self.seen, self.seen_at = done, now
+        if done == self.num_batches:
             self.bar.close()

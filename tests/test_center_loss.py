@@ -241,3 +241,32 @@ def test_center_loss_is_the_mean_over_the_images_however_they_are_shared(devices
         assert sum(map(len, shares)) == batch
         metric.update([mx.nd.zeros(batch)], [mx.nd.array([share.mean() for share in shares])])
     assert metric.get()[1] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize('batches', [1, 3, center_loss.MOST_QUEUED, center_loss.MOST_QUEUED + 5])
+def test_metrics_count_what_a_batch_had_when_it_was_given(batches):
+    accuracy, loss = center_loss.Accuracy(), center_loss.CenterLossMetric()
+    probability, label, mean = mx.nd.zeros((4, 10)), mx.nd.zeros(4), mx.nd.zeros(1)
+    rng = np.random.default_rng(8)
+    hits, losses = [], []
+    for _ in range(batches):  # an executor writes into the same arrays at every step
+        probability[:], label[:], mean[:] = rng.random((4, 10)), rng.integers(0, 3, 4), rng.random(1)
+        accuracy.update([label], [probability])
+        loss.update([label], [mean])
+        hits.append(probability.asnumpy().argmax(axis=1) == label.asnumpy())
+        losses.append(mean.asscalar())
+    probability[:] = label[:] = mean[:] = 0
+    assert accuracy.get()[1] == accuracy.get_global()[1] == np.mean(hits)
+    assert loss.get()[1] == loss.get_global()[1] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def test_resetting_a_metric_loses_no_batch_and_keeps_none():
+    metric = center_loss.CenterLossMetric()
+    metric.update([mx.nd.zeros(2)], [mx.nd.array([3])])
+    metric.reset_local()
+    assert np.isnan(metric.get()[1]) and metric.get_global()[1] == 3
+    metric.update([mx.nd.zeros(2)], [mx.nd.array([5])])
+    assert metric.get()[1] == 5 and metric.get_global()[1] == 4
+    metric.update([mx.nd.zeros(2)], [mx.nd.array([7])])
+    metric.reset()
+    assert np.isnan(metric.get()[1]) and np.isnan(metric.get_global()[1])

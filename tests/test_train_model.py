@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 import os
 import re
 import resource
@@ -294,6 +295,38 @@ def test_images_of_one_class_are_no_collapse():
     accuracy.metrics[0].update([mx.nd.array([4])], [probability[:1]])
     with pytest.raises(Diverged, match=r'Validation-accuracy is 0\.7500'):
         train_model.stop_unless_sound('epoch 1, batch 1', accuracy, difference)
+
+
+@pytest.mark.parametrize('value, collapsed', [(0.1, True), (0.2, False)])
+def test_the_widest_difference_is_over_all_batches(value, collapsed):
+    difference = train_model.WidestDifference()
+    for first in (0.1, 0.1, value, 0.1):
+        difference.update([], [mx.nd.array([[first, 1 - first]] * 3)])
+    assert difference.get()[1] == pytest.approx(2 * (value - 0.1), abs=1e-6)
+    assert (difference.get()[1] < train_model.COLLAPSED) == collapsed
+
+
+@pytest.mark.parametrize('seconds, looks', [(0.01, [1, 11, 21, 25]), (0.125, [*range(1, 26, 3)]), (1, list(range(1, 26)))])
+def test_steps_are_queued_for_some_tenths_of_a_second_between_two_looks_at_the_metrics(seconds, looks, monkeypatch):
+    clock, seen = [0], []
+
+    class Metric:
+        def get_global_name_value(self):
+            clock[0] = param.nbatch * seconds + seconds  # it waits for the device, which has done all that was queued
+            seen.append(param.nbatch + 1)
+            return [('center_loss', math.nan if len(seen) > len(looks) + 1 else 0.5)]
+
+    monkeypatch.setattr(train_model.time, 'monotonic', lambda: clock[0])
+    with train_model.Watch(50, 25, 2, shown=False) as watch:
+        for nbatch in range(25):
+            param = mx.model.BatchEndParam(0, nbatch, Metric(), None)
+            watch(param)
+        assert seen == looks
+        clock[0] = 0
+        with pytest.raises(Diverged, match=r'center_loss is nan in epoch 2, batch \d+;'):
+            for nbatch in range(25):
+                param = mx.model.BatchEndParam(1, nbatch, Metric(), None)
+                watch(param)
 
 
 @pytest.mark.parametrize('wrong', [np.nan, np.inf])
