@@ -1,8 +1,14 @@
 """The experiment: the network, the joint objective by hand, several devices, and the command line."""
 
+import contextlib
+import fcntl
+import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +252,25 @@ def test_a_run_leaves_what_it_says(trained):
     assert {name: value.shape for name, value in arg_params.items()}['embedding_weight'] == (2, 500)
     assert result.stdout == ''
     assert '\r' not in result.stderr, 'a progress bar in a pipe'
+
+
+def test_a_terminal_has_a_bar_below_the_whole_lines_of_the_log(tmp_path):
+    terminal, stderr = pty.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack('4H', 40, 150, 0, 0))
+    with subprocess.Popen([sys.executable, ROOT / 'train.py', '--dataset=mnist-5k', '--num-epochs=1', '--num-examples=1200', '--batch-size=50'],
+                          cwd=tmp_path, stderr=stderr) as process:
+        os.close(stderr)
+        shown = b''
+        with contextlib.suppress(OSError):  # a pseudo-terminal that nobody writes to any more
+            while part := os.read(terminal, 1 << 16):
+                shown += part
+    os.close(terminal)
+    assert process.returncode == 0
+    frames = re.split('[\r\n]+', shown.decode())
+    bars = [frame for frame in frames if frame.startswith('epoch 1/1: ')]
+    assert ' 0.00/1.20k ' in bars[0] and 'images/s, accuracy=0.' in bars[-1] and 'center_loss=' in bars[-1]
+    lines = (tmp_path / 'log.txt').read_text().splitlines()
+    assert [frame for frame in frames if ' Node[0] ' in frame] == lines
 
 
 def test_the_log_is_in_mxnets_format_and_the_same_as_the_console(trained):
