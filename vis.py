@@ -54,6 +54,7 @@ FRAME_DPI = 80  # of an animation: with so many pixels, points and colours twent
 FRAME_IMAGES = 2000
 FRAME_COLOURS = 128
 FRAMES_PER_SECOND = 3
+NO_BREAK = '\xa0'  # between words of a title that stay on one line
 
 LOG_LINE = re.compile(r'^(?!.*Node\[[1-9]).*Epoch\[(\d+)\] (Train|Validation)-(accuracy|center_loss)=(nan|inf|\d+(?:\.\d+)?)$', re.M)
 
@@ -242,7 +243,7 @@ def make_panel(prefix, epoch, name, images, labels, source, class_names):
         told.append(f'    {unseen}; pairs of their images by distance, {"; ".join(verified)}')
         captions += [f'× {unseen}; pairs of their images by distance,', *verified]
     tqdm.write('\n'.join(told))
-    return Panel(embeddings, labels, f'{name} (epoch {epoch}): {accuracy:.2%}', '\n'.join(captions), num_seen)
+    return Panel(embeddings, labels, f'{name} (epoch{NO_BREAK}{epoch}):{NO_BREAK}{accuracy:.2%}', '\n'.join(captions), num_seen)
 
 
 def panel_names(prefixes):
@@ -301,7 +302,8 @@ def plot_embeddings(ax, embeddings, labels, class_names, title, caption, num_see
             ax.text(*np.median(cluster, axis=0), class_names[label], color=colour, fontsize=font_size, fontweight='bold',
                     ha='center', va='center', path_effects=outline)
     ax.set_aspect('equal', adjustable='datalim')
-    ax.set_title(textwrap.fill(title, int(11.5 * ax.get_window_extent().width / ax.figure.dpi)))  # characters in an inch
+    characters = 11.5 * ax.get_window_extent().width / ax.figure.dpi
+    ax.set_title(textwrap.fill(title, int(characters)).replace(NO_BREAK, ' '))
     ax.set_xlabel(plane.names[0])
     ax.set_ylabel(plane.names[1])
     ax.annotate(caption, (0.5, 0), (0, -8), xycoords=ax.xaxis.label, textcoords='offset points', ha='center', va='top', fontsize=11)
