@@ -248,7 +248,7 @@ class _MeanOverImages(mx.metric.EvalMetric):
     """The mean over images of a quantity; what is local goes with ``reset_local``, what is global lasts until ``reset``.
 
     A batch is queued without waiting for the device, so that the next steps can be queued behind it, and counted when somebody asks for the mean.
-    The arrays that it was given may change in between.
+    The arrays that it was given may change in between. ``not_finite`` is None, or (images, mean) by the first batch since ``reset`` that was not finite.
     """
 
     def __init__(self, name, output_names, label_names):
@@ -256,6 +256,7 @@ class _MeanOverImages(mx.metric.EvalMetric):
 
     def reset(self):
         self._queued = []
+        self.not_finite = None
         super().reset()
 
     def reset_local(self):
@@ -283,6 +284,8 @@ class _MeanOverImages(mx.metric.EvalMetric):
             self.global_sum_metric += total
             self.num_inst += images
             self.global_num_inst += images
+            if self.not_finite is None and not np.isfinite(total):
+                self.not_finite = self.global_num_inst, self.global_sum_metric / self.global_num_inst
 
 
 class Accuracy(_MeanOverImages):

@@ -717,9 +717,10 @@ class Watch:
         if done - self.seen < self.steps and done < self.num_batches:
             return
         values = param.eval_metric.get_global_name_value()
-        for name, value in values:
-            if not math.isfinite(value):
-                raise Diverged(f'{name} is {value}', f'epoch {param.epoch + 1}, batch {done}')
+        for metric in param.eval_metric.metrics:
+            if metric.not_finite:
+                images, value = metric.not_finite
+                raise Diverged(f'{metric.name} is {value}', f'epoch {param.epoch + 1}, batch {math.ceil(images / self.batch_size)}')
         if not self.bar.disable:
             self.bar.set_postfix({name: f'{value:.4f}' for name, value in values}, refresh=False)
         self.bar.update(self.batch_size * (done - self.seen))

@@ -310,23 +310,34 @@ def test_the_widest_difference_is_over_all_batches(value, collapsed):
 def test_steps_are_queued_for_some_tenths_of_a_second_between_two_looks_at_the_metrics(seconds, looks, monkeypatch):
     clock, seen = [0], []
 
-    class Metric:
+    class Metrics(mx.metric.CompositeEvalMetric):
         def get_global_name_value(self):
             clock[0] = param.nbatch * seconds + seconds  # it waits for the device, which has done all that was queued
             seen.append(param.nbatch + 1)
-            return [('center_loss', math.nan if len(seen) > len(looks) + 1 else 0.5)]
+            return super().get_global_name_value()
 
     monkeypatch.setattr(train_model.time, 'monotonic', lambda: clock[0])
-    with train_model.Watch(50, 25, 2, shown=False) as watch:
+    metrics = Metrics(train_model.metrics().metrics)
+    with train_model.Watch(50, 25, 1, shown=False) as watch:
         for nbatch in range(25):
-            param = mx.model.BatchEndParam(0, nbatch, Metric(), None)
+            param = mx.model.BatchEndParam(0, nbatch, metrics, None)
             watch(param)
-        assert seen == looks
-        clock[0] = 0
-        with pytest.raises(Diverged, match=r'center_loss is nan in epoch 2, batch \d+;'):
-            for nbatch in range(25):
-                param = mx.model.BatchEndParam(1, nbatch, Metric(), None)
-                watch(param)
+    assert seen == looks
+
+
+@pytest.mark.parametrize('devices', [1, 2])
+@pytest.mark.parametrize('spoiled', [1, 2, 7, 24, 25])
+@pytest.mark.parametrize('values', [(np.nan, np.nan), (np.inf, np.nan)])
+def test_a_divergence_is_told_of_its_first_batch_whenever_it_is_seen(values, spoiled, devices):
+    metrics = train_model.metrics()
+    with train_model.Watch(50, 25, 1, shown=False) as watch:
+        with pytest.raises(Diverged, match=rf'center_loss is {values[0]} in epoch 1, batch {spoiled};') as divergence:
+            for batch in range(1, 26):
+                for device in range(devices):
+                    loss = 0.5 if batch < spoiled or device + 1 < devices else values[batch > spoiled]
+                    metrics.metrics[1].update([mx.nd.zeros(50 // devices)], [mx.nd.array([loss])])
+                watch(mx.model.BatchEndParam(0, batch - 1, metrics, None))
+    assert batch - spoiled < train_model.MOST_STEPS, divergence
 
 
 @pytest.mark.parametrize('wrong', [np.nan, np.inf])
