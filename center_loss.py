@@ -24,6 +24,7 @@ __all__ = ['Accuracy', 'CenterLoss', 'CenterLossMetric', 'CenterLossProp', 'read
 
 MOST_QUEUED = 32  # batches that a metric has yet to count: as many may lie in memory, waiting for the device
 
+
 class CenterLoss(mx.operator.CustomOp):
     """Center loss (Eq. 2), its gradient (Eq. 3), and the movement of the centers (Eq. 4), for one device.
 
