@@ -11,6 +11,7 @@ do not. Every part runs in a process of its own, so that no threads of one stand
 
 import contextlib
 import json
+import logging
 import os
 import re
 import resource
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -262,38 +262,48 @@ def data_options(args):
 
 def measure_overhead(table, args):
     """Target 5: train.py, with everything it does, over a bare loop that does the same computations on one batch that lies in memory. The two take turns
-    in one process: a shared machine changes its pace from one minute to the next."""
+    by the epoch, in one process: a shared machine changes its pace from one second to the next."""
     digits = data.load_digits('auto' if args.data_dir else 'mnist-5k', args.data_dir)
     steps, forwards = len(digits.train_images) // 128, round(len(digits.val_images) / 128)
     module = module_of(train.get_symbol(), 128)
     label = mx.nd.array(digits.train_labels[:128])
     batch = mx.io.DataBatch([mx.nd.array(digits.train_images[:128, None] / 256)], [label, label])
-    epochs, rounds = (1, 3) if args.data_dir else (3, 7)
 
     def bare():
-        """Seconds of an epoch."""
-        begin = time.perf_counter()
-        for _ in range(epochs):
-            for _ in range(steps):
-                module.forward_backward(batch)
-                module.update()
-            for _ in range(forwards):
-                module.forward(batch, is_train=False)
-            mx.nd.waitall()
-        return (time.perf_counter() - begin) / epochs
+        for _ in range(steps):
+            module.forward_backward(batch)
+            module.update()
+        for _ in range(forwards):
+            module.forward(batch, is_train=False)
+        mx.nd.waitall()
 
-    def whole():
-        """Seconds of an epoch, from its validation to that of the next one; the first epoch aside."""
-        with tempfile.TemporaryDirectory() as folder:
-            sys.argv[1:] = ['--batch-size=128', f'--num-epochs={epochs + 1}', f'--save-model-prefix={folder}/run', f'--log_dir={folder}', *data_options(args)]
-            train.main()
-            ends = re.findall(r'^(\S+ \S+) Node\[0\] Epoch\[\d+\] Validation-center_loss', Path(folder, 'log.txt').read_text(), re.MULTILINE)
-        begin, *_, end = (datetime.strptime(time, '%Y-%m-%d %H:%M:%S,%f') for time in ends)
-        return (end - begin).total_seconds() / epochs
+    turns = AtEpochEnd(bare)
+    logging.getLogger().addHandler(turns)
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv[1:] = ['--batch-size=128', f'--num-epochs={5 if args.data_dir else 40}', f'--save-model-prefix={folder}/run', f'--log_dir={folder}',
+                        *data_options(args)]
+        train.main()
+    between, inserted = turns.between[1:], turns.inserted[:-1]  # the first epoch aside; an epoch and the loop before it are a pair
+    table.add(5, 'train.py over a bare loop of the same forwards, backwards and updates', median_ratio(inserted, between), 'x', at_least=0.95)
+    table.add('', 'train.py, training images with validation, log and checkpoints', steps * 128 / statistics.median(between), 'images/s')
 
-    turns = [(bare(), whole()) for _ in range(rounds + 1)][1:]
-    table.add(5, 'train.py over a bare loop of the same forwards, backwards and updates', median_ratio(*zip(*turns)), 'x', at_least=0.95)
-    table.add('', 'train.py, training images with validation, log and checkpoints', steps * 128 / statistics.median(turn[1] for turn in turns), 'images/s')
+
+class AtEpochEnd(logging.Handler):
+    """Calls a function whenever train.py logs the end of an epoch: seconds of it, ``inserted``, and of the epochs between, ``between``."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+        self.between, self.inserted = [], []
+        self.begin = time.perf_counter()
+
+    def emit(self, record):
+        if 'Validation-center_loss' in record.getMessage():
+            end = time.perf_counter()
+            self.call()
+            self.between.append(end - self.begin)
+            self.begin = time.perf_counter()
+            self.inserted.append(self.begin - end)
 
 
 def flops_per_image():
