@@ -39,7 +39,7 @@ RUNS = {
     **{f'ring-{name}': f'--no-bias {objective}' for name, objective in OBJECTIVES.items()},
     # Each epoch is of thirteen times the work, so that there are fewer, of smaller batches.
     **{f'lenet++-{name}': f'--network=lenet++ --num-epochs=6 --lr-factor-epoch=3 --batch-size=64 {objective}' for name, objective in OBJECTIVES.items()},
-    **{f'open-set-{dim}-{name}': f'--num-classes=6 --embedding-dim={dim} {objective}' for dim in (2, 32) for name, objective in OBJECTIVES.items()},
+    **{f'open-set-{dim}-{weight}': f'--num-classes=6 --embedding-dim={dim} --center-loss-weight={weight}' for dim in (2, 32) for weight in ('0', '0.01', '0.1', '1')},
 }
 LAMBDAS = ['softmax', 'lambda-0.001', 'lambda-0.01', 'lambda-0.1', 'lambda-1']
 ALPHAS = ['alpha-0.01', 'alpha-0.1', 'lambda-1', 'alpha-1']
@@ -56,7 +56,7 @@ PICTURES = [
     ('alpha', 'alpha.png', ['--grid', *ALPHAS]),
     ('ring', 'ring.png', ['--compare', 'ring-softmax', '--model-prefix', 'ring-joint']),
     ('lenet++', 'lenet++.png', ['--compare', 'lenet++-softmax', '--model-prefix', 'lenet++-joint']),
-    *[('open-set', f'open-set-{dim}.png', ['--compare', f'open-set-{dim}-softmax', '--model-prefix', f'open-set-{dim}-joint']) for dim in (2, 32)],
+    *[('open-set', f'open-set-{dim}.png', ['--compare', f'open-set-{dim}-0', '--model-prefix', f'open-set-{dim}-1']) for dim in (2, 32)],
 ]
 
 COLUMNS = {'accuracy': '{:.2%}', 'intra': '{:.3f}', 'inter': '{:.3f}', 'ratio': '{:.4f}', 's/epoch': '{:.1f}', 'AUC': '{:.4f}', 'TA at 1% FA': '{:.1%}',
