@@ -278,7 +278,7 @@ def test_a_collapsed_embedding_stops_and_is_not_saved():
     assert {path.name: path.read_bytes() for path in Path().glob('run*')} == before
 
 
-@pytest.mark.parametrize('initializer', ['mixed', 'xavier'])
+@pytest.mark.parametrize('initializer', sorted(train_model.INITIALIZERS))
 def test_a_network_that_has_learned_nothing_yet_is_no_collapsed_one(initializer):
     train_small('--initializer', initializer, '--num-epochs', 1, '--num-examples', 100, '--lr', 1e-7, network=train.get_symbol())
     assert Checkpoints('center_loss').epochs() == [1]
