@@ -80,7 +80,7 @@ def lenet(image):
     last of them zeros: oneDNN's vectorised layout wants multiples of 8, and without it MXNet falls back on slower convolutions and poolings.
     And conv1 is computed over three input channels, see ``in_pairs_of_rows``.
     """
-    net, weight = in_pairs_of_rows(image, mx.sym.var('conv1_weight', shape=(20, 1, 5, 5)))
+    net, weight = in_pairs_of_rows(image, mx.sym.var('conv1_weight', shape=(20, 1, 5, 5)), 'conv1')
     net = padded_convolution(net, weight, (20, 3, 2, 5), (24, 3), 'conv1')  # (B, 24, 24, 24)
     net = mx.sym.Pooling(net, kernel=(2, 2), stride=(2, 2), pool_type='max', name='pool1')  # (B, 24, 12, 12)
     net = mx.sym.Activation(net, act_type='tanh', name='tanh1')
@@ -92,17 +92,17 @@ def lenet(image):
     return mx.sym.Activation(net, act_type='tanh', name='tanh3')
 
 
-def in_pairs_of_rows(image, weight):
+def in_pairs_of_rows(image, weight, name):
     """A 5x5 convolution over one channel as one of 2x5 over three: the two rows of each are rows 0 and 1, 2 and 3, 3 and 4 of the five, with zeros for
     the row that would come twice. oneDNN has vectorised code for the gradient of the weights of three channels, and none for one.
 
     (B, 1, H, W) and (F, 1, 5, 5) -> (B, 3, H - 3, W) and (F, 3, 2, 5).
     """
     images = [mx.sym.slice_axis(image, axis=2, begin=first, end=end, name=f'image_from_row_{first}') for first, end in ((0, -3), (2, -1), (3, None))]
-    rows = mx.sym.slice_axis(weight, axis=2, begin=0, end=4, name='conv1_rows_0_to_3')
-    last = mx.sym.slice_axis(weight, axis=2, begin=4, end=5, name='conv1_row_4')
-    six_rows = mx.sym.concat(rows, mx.sym.zeros_like(last, name='conv1_row_of_zeros'), last, dim=2, name='conv1_six_rows')  # (F, 1, 6, 5)
-    return mx.sym.concat(*images, dim=1, name='image_three_times'), mx.sym.reshape(six_rows, shape=(0, 3, 2, 5), name='conv1_pairs_of_rows')
+    rows = mx.sym.slice_axis(weight, axis=2, begin=0, end=4, name=f'{name}_rows_0_to_3')
+    last = mx.sym.slice_axis(weight, axis=2, begin=4, end=5, name=f'{name}_row_4')
+    six_rows = mx.sym.concat(rows, mx.sym.zeros_like(last, name=f'{name}_row_of_zeros'), last, dim=2, name=f'{name}_six_rows')  # (F, 1, 6, 5)
+    return mx.sym.concat(*images, dim=1, name='image_three_times'), mx.sym.reshape(six_rows, shape=(0, 3, 2, 5), name=f'{name}_pairs_of_rows')
 
 
 def padded_convolution(x, weight, shape, padded, name):
@@ -176,8 +176,8 @@ def parse_args(argv=None):
                          help='learning rate of the centers: how far they move towards the embeddings of their class in every batch')
     network.add_argument('--no-bias', action='store_true', help='no biases in the embedding and the last layer: the clusters lie on a ring')
     network.add_argument('--initializer', choices=sorted(INITIALIZERS), default='xavier',
-                         help='initial weights: xavier trains at lambda 0 to 1; small-head is xavier with a last layer close to 0; mixed (dense layers '
-                              'close to 0) is the widely known recipe, for lambda 0.01 and below')
+                         help='initial weights: xavier trains at lambda 0 to 1; small-head is xavier with a last layer close to 0, for '
+                              'runs of many batches; mixed (dense layers close to 0) is the widely known recipe, for lambda 0.01 and below')
 
     training = parser.add_argument_group('training')
     training.add_argument('--gpus', type=device_numbers, default='', metavar='LIST', help='GPUs that share every batch, such as 0,1; empty: the CPU')
