@@ -15,14 +15,18 @@ Importing this module registers the operator:
 
 import atexit
 import contextlib
+import warnings
 
 import numpy as np
 
-from runtime import memory_of, mx
+from runtime import SYNCHRONOUS, memory_of, mx
 
 __all__ = ['Accuracy', 'CenterLoss', 'CenterLossMetric', 'CenterLossProp', 'read_centers', 'write_centers']
 
 MOST_QUEUED = 32  # batches that a metric has yet to count: as many may lie in memory, waiting for the device
+
+# Of a training that diverges: the metric shows it. np.errstate around each callback would take as long as the arithmetic of a small batch.
+warnings.filterwarnings('ignore', category=RuntimeWarning, module=__name__)
 
 
 class CenterLoss(mx.operator.CustomOp):
@@ -43,58 +47,69 @@ class CenterLoss(mx.operator.CustomOp):
         Factor of the gradient with respect to the embeddings.
     normalization : {'batch', 'null'}
         Whether that gradient is divided by B or not.
+    shape : tuple of int
+        (B, d), of the embeddings.
     on_cpu : bool
         Whether the arrays' memory can be reached by this process.
     """
 
-    def __init__(self, num_class, alpha, scale, normalization, on_cpu):
+    def __init__(self, num_class, alpha, scale, normalization, shape, on_cpu):
         super().__init__()
         self.num_class = num_class
         self.alpha = alpha
-        self.scale = scale
-        self.normalization = normalization
+        self.factor = scale / shape[0] if normalization == 'batch' else scale
+        self.shape = tuple(shape)
         self.on_cpu = on_cpu
+        self.of_forward = None  # what a forward in training leaves to its backward
 
-    @np.errstate(over='ignore', invalid='ignore')  # of a training that diverges: the metric shows it
     def forward(self, is_train, req, in_data, out_data, aux):
         """Write the mean center loss of the batch, shape (1,). The centers stay where they are."""
         data, label = in_data
         if self.on_cpu:
-            batch_size, dim = data.shape
-            classes = self._classes(memory_of(label, (batch_size,)))
-            difference = memory_of(data, (batch_size, dim)) - memory_of(aux[0], (self.num_class, dim))[classes]
+            found = self._in_memory(data, label, aux[0])
+            self.of_forward = found if is_train else None
             # np.dot would be shared among threads of its own, which get in the way of MXNet's.
-            _write(memory_of(out_data[0], (1,)), req[0], np.square(difference).sum() / (2 * batch_size))
+            loss = np.add.reduce(np.square(found[0]), axis=None) / (2 * self.shape[0])
+            _write(memory_of(out_data[0], (1,)), req[0], loss)
         else:
-            self._classes(label.asnumpy())
+            self._check(label.asnumpy())
             difference = data - mx.nd.take(aux[0], label)
-            self.assign(out_data[0], req[0], mx.nd.sum(difference * difference).reshape((1,)) / (2 * len(label)))
+            self.assign(out_data[0], req[0], mx.nd.sum(difference * difference).reshape((1,)) / (2 * self.shape[0]))
 
-    @np.errstate(over='ignore', invalid='ignore')
     def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
         """Write the gradient of the embeddings, shape (B, d), from the present centers; then move the centers."""
         data, label = in_data
-        batch_size, dim = data.shape
-        factor = self.scale / batch_size if self.normalization == 'batch' else self.scale
         if self.on_cpu:
-            classes = memory_of(label, (batch_size,)).astype(np.int64)  # forward has checked the labels
-            centers = memory_of(aux[0], (self.num_class, dim))
-            difference = memory_of(data, (batch_size, dim)) - centers[classes]
+            difference, order, classes = self.of_forward or self._in_memory(data, label, aux[0])
+            self.of_forward = None  # another backward finds the centers elsewhere
             if req[0] != 'null':
-                _write(memory_of(in_grad[0], (batch_size, dim)), req[0], factor * difference)
+                _write(memory_of(in_grad[0], self.shape), req[0], self.factor * difference)
             if req[1] != 'null':
-                _write(memory_of(in_grad[1], (batch_size,)), req[1], 0)
-            self._move_centers_in_memory(difference, classes, centers)
+                _write(memory_of(in_grad[1], self.shape[:1]), req[1], 0)
+            self._move_centers_in_memory(difference, order, classes, self._rows_of(aux[0]))
         else:
             difference = data - mx.nd.take(aux[0], label)
-            self.assign(in_grad[0], req[0], factor * difference)
+            self.assign(in_grad[0], req[0], self.factor * difference)
             self.assign(in_grad[1], req[1], mx.nd.zeros_like(label))
             self._move_centers(difference, label, aux[0])
 
-    def _move_centers_in_memory(self, difference, classes, centers):
-        """Eq. 4 on the centers that occur in the batch: sorted by class, the samples of one class are a run that one sum covers."""
+    def _in_memory(self, data, label, centers):
+        """x_i - c_{y_i}, float32 (B, d); the order that sorts the samples by class, (B,); and their classes in that order, int64 (B,)."""
+        label = memory_of(label, self.shape[:1])
+        classes = label.astype(np.int64)
         order = classes.argsort(kind='stable')
-        classes = classes[order]
+        in_order = classes[order]
+        # Comparing bytes takes a fraction of comparing numbers.
+        if in_order[0] < 0 or in_order[-1] >= self.num_class or classes.astype(np.float32).tobytes() != label.tobytes():
+            self._check(label)
+        return memory_of(data, self.shape) - self._rows_of(centers)[classes], order, in_order
+
+    def _rows_of(self, centers):
+        """The memory of the centers, (K, d)."""
+        return memory_of(centers, (self.num_class, self.shape[1]))
+
+    def _move_centers_in_memory(self, difference, order, classes, centers):
+        """Eq. 4 on the centers that occur in the batch: sorted by class, the samples of one class are a run that one sum covers."""
         begins = np.ones(len(classes) + 1, bool)  # where the run of a class begins, and the end of the last
         np.not_equal(classes[1:], classes[:-1], out=begins[1:-1])
         bounds = begins.nonzero()[0]
@@ -115,15 +130,13 @@ class CenterLoss(mx.operator.CustomOp):
         step = mx.nd.broadcast_div(mx.nd.dot(same, difference), 1 + mx.nd.sum(same, axis=1, keepdims=True))
         centers[label] = mx.nd.take(centers, label) + self.alpha * step
 
-    def _classes(self, label):
-        """The labels, float32 (B,), as whole numbers, int64 (B,). Raises ValueError for one that is no class."""
-        classes = label.astype(np.int64)
-        wrong = (classes != label) | (classes < 0) | (classes >= self.num_class)
+    def _check(self, label):
+        """Raise ValueError for a label, of float32 (B,), that is no class."""
+        wrong = (label != np.trunc(label)) | ~(label >= 0) | (label >= self.num_class)
         if wrong.any():
             position = int(wrong.argmax())
             raise ValueError(f'centerloss: label {label[position]:g} at position {position} of the batch is not a whole number '
                              f'from 0 to {self.num_class - 1} (num_class={self.num_class})')
-        return classes
 
 
 def _write(target, req, value):
@@ -233,7 +246,7 @@ class CenterLossProp(mx.operator.CustomOpProp):
         return in_type, [np.float32], [np.float32]
 
     def create_operator(self, ctx, in_shapes, in_dtypes):
-        return CenterLoss(self.num_class, self.alpha, self.scale, self.normalization, on_cpu=ctx.device_type != 'gpu')
+        return CenterLoss(self.num_class, self.alpha, self.scale, self.normalization, in_shapes[0], on_cpu=ctx.device_type != 'gpu')
 
 
 @atexit.register
@@ -245,11 +258,16 @@ def come_to_rest():
         mx.nd.waitall()
 
 
+def _as_numpy(array):
+    return array if isinstance(array, np.ndarray) else array.asnumpy()
+
+
 class _MeanOverImages(mx.metric.EvalMetric):
     """The mean over images of a quantity; what is local goes with ``reset_local``, what is global lasts until ``reset``.
 
     A batch is queued without waiting for the device, so that the next steps can be queued behind it, and counted when somebody asks for the mean.
-    The arrays that it was given may change in between. ``not_finite`` is None, or (images, mean) by the first batch since ``reset`` that was not finite.
+    The arrays that it was given may change in between. Where MXNet is synchronous they are there already, and NumPy is faster than another operation.
+    ``not_finite`` is None, or (images, mean) by the first batch since ``reset`` that was not finite.
     """
 
     def __init__(self, name, output_names, label_names):
@@ -299,10 +317,11 @@ class Accuracy(_MeanOverImages):
         super().__init__(name, output_names, label_names)
 
     def _queue(self, labels, preds):
-        return mx.nd.argmax(preds[0], axis=1), labels[0].asnumpy()
+        predicted = preds[0].asnumpy().argmax(axis=1) if SYNCHRONOUS else mx.nd.argmax(preds[0], axis=1)
+        return predicted, labels[0].asnumpy()
 
     def _count(self, predicted, label):
-        return int((predicted.asnumpy() == label).sum()), len(label)
+        return np.count_nonzero(_as_numpy(predicted) == label), len(label)
 
 
 class CenterLossMetric(_MeanOverImages):
@@ -316,10 +335,10 @@ class CenterLossMetric(_MeanOverImages):
         super().__init__(name, output_names, label_names)
 
     def _queue(self, labels, preds):
-        return preds[0].copy(), len(labels[0])
+        return preds[0].asnumpy() if SYNCHRONOUS else preds[0].copy(), len(labels[0])
 
     def _count(self, means, batch_size):
-        means = means.asnumpy().astype(np.float64)
+        means = _as_numpy(means).astype(np.float64)
         shares = mx.executor_manager._split_input_slice(batch_size, [1] * len(means))
         images = [share.stop - share.start for share in shares]
         return float(np.dot(means, images)), sum(images)

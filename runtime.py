@@ -4,12 +4,14 @@ Every script takes MXNet from here, ``from runtime import mx``, so that the orde
 
 * NumPy's old aliases (``np.bool`` and friends), which MXNet 1.9.1 still uses, are restored where NumPy >= 1.24 left them out;
 * the number of CPU threads is chosen: OpenMP reads it once, when MXNet is loaded;
-* a process with DMLC_ROLE=scheduler or server does not become one by the mere import, so that the program can watch over it.
+* a process with DMLC_ROLE=scheduler or server does not become one by the mere import, so that the program can watch over it;
+* the engine is chosen: MXNet reads its name at the import, and begins it with the first array.
 """
 
 import argparse
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import signal
@@ -75,6 +77,14 @@ os.environ.setdefault('MXNET_OPTIMIZER_AGGREGATION_SIZE', '45')
 # Every worker updates its own weights from the summed gradient. The momentum then lives in this process, where a checkpoint can keep it.
 os.environ['MXNET_UPDATE_ON_KVSTORE'] = '0'
 
+# Whether every operation is executed by the thread that asks for it. MXNet's usual engine hands each to a thread of its own, and an operator in Python to
+# yet another one, which is in the way of the threads that compute: the center loss of a small batch took three times as long. GPUs compute beside the
+# processors, and several processes wait for each other: both need the usual engine.
+_engine_is_chosen_here = 'MXNET_ENGINE_TYPE' not in os.environ and ROLE is None and not any(argument.startswith('--gpus') for argument in sys.argv)
+if _engine_is_chosen_here:
+    os.environ['MXNET_ENGINE_TYPE'] = 'NaiveEngine'
+SYNCHRONOUS = os.environ.get('MXNET_ENGINE_TYPE') == 'NaiveEngine'
+
 with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # of MXNet's own use of what Python and NumPy have deprecated since
     import mxnet as mx
@@ -82,7 +92,26 @@ with warnings.catch_warnings():
 if ROLE is not None:
     os.environ['DMLC_ROLE'] = ROLE
 
-__all__ = ['ROLE', 'THREADS_ARE_CHOSEN_HERE', 'ArgumentParser', 'Failure', 'InputError', 'Terminated', 'available_cpus', 'memory_of', 'mx', 'number', 'run_script']
+
+def start_engine():
+    """Begin MXNet's engine, without the line on stderr in which it tells its name."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed
+        mx.nd.waitall()
+        return
+    with open(os.devnull, 'w') as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        mx.nd.waitall()
+    os.dup2(stderr, 2)
+    os.close(stderr)
+
+
+if _engine_is_chosen_here:
+    start_engine()
+    del os.environ['MXNET_ENGINE_TYPE']  # the processes that this one starts choose for themselves
+
+__all__ = ['ROLE', 'SYNCHRONOUS', 'THREADS_ARE_CHOSEN_HERE', 'ArgumentParser', 'Failure', 'InputError', 'Terminated', 'available_cpus', 'memory_of', 'mx', 'number', 'run_script']
 
 
 def memory_of(array, shape=None):
@@ -94,7 +123,12 @@ def memory_of(array, shape=None):
     shape = array.shape if shape is None else shape
     address = ctypes.c_void_p()
     mx.base.check_call(mx.base._LIB.MXNDArrayGetData(array.handle, ctypes.byref(address)))
-    return np.frombuffer((ctypes.c_float * math.prod(shape)).from_address(address.value), np.float32).reshape(shape)
+    return _floats_at(address.value, shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _floats_at(address, shape):
+    return np.frombuffer((ctypes.c_float * math.prod(shape)).from_address(address), np.float32).reshape(shape)
 
 
 class Failure(Exception):

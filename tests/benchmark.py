@@ -74,7 +74,7 @@ class PerSampleLoopProp(center_loss.CenterLossProp):
 @mx.operator.register('centerloss_nd')
 class CenterLossNDProp(center_loss.CenterLossProp):
     def create_operator(self, ctx, in_shapes, in_dtypes):
-        return center_loss.CenterLoss(self.num_class, self.alpha, self.scale, self.normalization, on_cpu=False)
+        return center_loss.CenterLoss(self.num_class, self.alpha, self.scale, self.normalization, in_shapes[0], on_cpu=False)
 
 
 class Nothing(mx.operator.CustomOp):

@@ -12,7 +12,7 @@ class CenterLossNDProp(center_loss.CenterLossProp):
     """The operator in its form for GPUs, which runs on the CPU as well."""
 
     def create_operator(self, ctx, in_shapes, in_dtypes):
-        return center_loss.CenterLoss(self.num_class, self.alpha, self.scale, self.normalization, on_cpu=False)
+        return center_loss.CenterLoss(self.num_class, self.alpha, self.scale, self.normalization, in_shapes[0], on_cpu=False)
 
 
 FORMS = ['centerloss', 'centerloss_nd']
