@@ -105,7 +105,7 @@ def fit(args, network, data_loader, data_shape, devices=None):
             others wait."""
             if kv.rank == 0:
                 reported, difference = metrics(), WidestDifference()
-                module.score(val, mx.metric.CompositeEvalMetric([*reported.metrics, difference]), batch_end_callback=stop_request)
+                module.for_batches_of(val).score(val, mx.metric.CompositeEvalMetric([*reported.metrics, difference]), batch_end_callback=stop_request)
                 for name, value in reported.get_name_value():
                     logging.info('Epoch[%d] Validation-%s=%f', epoch, name, value)
                 momentum = module.momentum()
@@ -219,16 +219,16 @@ class WidestDifference(mx.metric.EvalMetric):
         super().__init__('widest_difference', output_names=['softmax_output'], label_names=['softmax_label'])
 
     def reset(self):
-        self.low = self.high = None  # (K,), on the device: nobody waits for them before the end
+        self.lowest, self.highest = [], []  # of every batch (K,), on the device: nobody waits for them before the end
 
     def update(self, labels, preds):
-        low, high = mx.nd.min(preds[0], axis=0), mx.nd.max(preds[0], axis=0)
-        if self.low is not None:
-            low, high = mx.nd.minimum(low, self.low.as_in_context(low.context)), mx.nd.maximum(high, self.high.as_in_context(high.context))
-        self.low, self.high = low, high
+        self.lowest.append(mx.nd.min(preds[0], axis=0))
+        self.highest.append(mx.nd.max(preds[0], axis=0))
 
     def get(self):
-        return self.name, float(np.max(self.high.asnumpy() - self.low.asnumpy())) * self.low.size
+        low = np.min([array.asnumpy() for array in self.lowest], axis=0)
+        high = np.max([array.asnumpy() for array in self.highest], axis=0)
+        return self.name, float(np.max(high - low)) * low.size
 
 
 def stop_unless_sound(where, reported, difference, *parameters):
@@ -410,6 +410,7 @@ class Module(mx.mod.Module):
     """
 
     initial_momentum = None
+    _scoring = None  # see for_batches_of
     _before = None  # labels and centers before the step that is under way, where its parts are to be joined
 
     def get_params(self):
@@ -491,6 +492,20 @@ class Module(mx.mod.Module):
         self._kvstore.pushpull(f'steps:{name}', table, out=table)
         filled = [part[part[:, 1] > 0] for part in table.asnumpy()]
         return [(part[:, 0], part[:, 1], part[:, 2:]) for part in filled]
+
+    def update_metric(self, eval_metric, labels, pre_sliced=False):
+        if len(self._context) > 1 or pre_sliced:
+            super().update_metric(eval_metric, labels, pre_sliced)
+        else:  # nothing to slice, which takes MXNet longer than the metrics
+            eval_metric.update_dict({name: label for (name, _), label in zip(self.label_shapes, labels)}, dict(zip(self.output_names, self.get_outputs())))
+
+    def for_batches_of(self, batches):
+        """A module for scoring, with the same parameters in the same memory. For batches of another size this one would be bound anew, twice an epoch."""
+        if self._scoring is None:
+            self._scoring = Module(self.symbol, label_names=self._label_names, context=self._context)
+            # Bound for training: otherwise MXNet fuses operators that keep the weights as they were in their first batch.
+            self._scoring.bind(batches.provide_data, batches.provide_label, for_training=True, shared_module=self)
+        return self._scoring
 
     def momentum(self):
         """Momentum of every parameter by name. All devices and workers hold the same."""
