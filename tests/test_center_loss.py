@@ -120,6 +120,19 @@ def test_centers_move_once_per_backward_and_never_in_forward(form):
 
 
 @pytest.mark.parametrize('form', FORMS)
+def test_a_second_backward_begins_at_where_the_first_has_left_the_centers(form):
+    x, y, centers = random_problem(np.random.default_rng(9))
+    executor = bind(form, x, y, centers)
+    executor.forward(is_train=True)
+    for _ in range(2):
+        _, gradient, centers = reference(x, y, centers, 0.5, 1.0, 'batch')
+        executor.backward()
+        mx.nd.waitall()
+        np.testing.assert_allclose(executor.grad_dict['data'].asnumpy(), gradient, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(executor.aux_dict['loss_center_bias'].asnumpy(), centers, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('form', FORMS)
 def test_the_centers_outlive_a_rebind_to_another_batch_size(form):
     rng = np.random.default_rng(3)
     centers = np.zeros((5, 3), 'f')
@@ -172,6 +185,13 @@ def test_it_has_one_state_that_initializers_set_to_zero_whatever_the_batch():
 
 
 @pytest.mark.parametrize('form', FORMS)
+def test_minus_zero_is_class_0(form):
+    zero, minus_zero = (step(bind(form, np.ones((2, 3)), np.array([label, 1]), np.zeros((2, 3)))) for label in (0.0, -0.0))
+    for first, second in zip(zero, minus_zero):
+        np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('label, shown', [(4, '4'), (-1, '-1'), (1.5, '1.5'), (np.nan, 'nan'), (np.inf, 'inf'), (3e9, '3e+09')])
 def test_a_label_that_is_no_class_is_named(form, label, shown, capfd):
     executor = bind(form, np.ones((3, 2)), np.array([0, 1, label]), np.zeros((4, 2)))
@@ -213,7 +233,13 @@ def test_inputs_other_than_float32_are_refused(capfd):
     assert "['float64', 'float64'] are not float32" in capfd.readouterr().out
 
 
-def test_accuracy_counts_every_image_once():
+@pytest.fixture(params=['synchronous', 'queued'])
+def engine(request, monkeypatch):
+    """The metrics in their forms for the engine of this process and for one that works beside it."""
+    monkeypatch.setattr(center_loss, 'SYNCHRONOUS', request.param == 'synchronous')
+
+
+def test_accuracy_counts_every_image_once(engine):
     metric = center_loss.Accuracy()
     hits = []
     rng = np.random.default_rng(6)
@@ -230,7 +256,7 @@ def test_accuracy_counts_every_image_once():
 
 
 @pytest.mark.parametrize('devices', [1, 2, 3, 4])
-def test_center_loss_is_the_mean_over_the_images_however_they_are_shared(devices):
+def test_center_loss_is_the_mean_over_the_images_however_they_are_shared(devices, engine):
     metric = center_loss.CenterLossMetric()
     rng = np.random.default_rng(7)
     losses = []
@@ -244,7 +270,7 @@ def test_center_loss_is_the_mean_over_the_images_however_they_are_shared(devices
 
 
 @pytest.mark.parametrize('batches', [1, 3, center_loss.MOST_QUEUED, center_loss.MOST_QUEUED + 5])
-def test_metrics_count_what_a_batch_had_when_it_was_given(batches):
+def test_metrics_count_what_a_batch_had_when_it_was_given(batches, engine):
     accuracy, loss = center_loss.Accuracy(), center_loss.CenterLossMetric()
     probability, label, mean = mx.nd.zeros((4, 10)), mx.nd.zeros(4), mx.nd.zeros(1)
     rng = np.random.default_rng(8)
@@ -260,7 +286,7 @@ def test_metrics_count_what_a_batch_had_when_it_was_given(batches):
     assert loss.get()[1] == loss.get_global()[1] == pytest.approx(np.mean(losses), rel=1e-6)
 
 
-def test_resetting_a_metric_loses_no_batch_and_keeps_none():
+def test_resetting_a_metric_loses_no_batch_and_keeps_none(engine):
     metric = center_loss.CenterLossMetric()
     metric.update([mx.nd.zeros(2)], [mx.nd.array([3])])
     metric.reset_local()
