@@ -77,9 +77,9 @@ os.environ.setdefault('MXNET_OPTIMIZER_AGGREGATION_SIZE', '45')
 # Every worker updates its own weights from the summed gradient. The momentum then lives in this process, where a checkpoint can keep it.
 os.environ['MXNET_UPDATE_ON_KVSTORE'] = '0'
 
-# Whether every operation is executed by the thread that asks for it. MXNet's usual engine hands each to a thread of its own, and an operator in Python to
-# yet another one, which is in the way of the threads that compute: the center loss of a small batch took three times as long. GPUs compute beside the
-# processors, and several processes wait for each other: both need the usual engine.
+# Whether every operation is executed by the thread that asks for it. MXNet's usual engine hands each to a thread of its own, and an operator in Python on
+# to yet another one, with a processor to be woken every time: a call of the center loss took three times as long. GPUs compute beside the processors, and
+# several processes wait for each other: both need the usual engine.
 _engine_is_chosen_here = 'MXNET_ENGINE_TYPE' not in os.environ and ROLE is None and not any(argument.startswith('--gpus') for argument in sys.argv)
 if _engine_is_chosen_here:
     os.environ['MXNET_ENGINE_TYPE'] = 'NaiveEngine'
@@ -126,7 +126,7 @@ def memory_of(array, shape=None):
     return _floats_at(address.value, shape)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)  # every step of a training asks for the same few places
 def _floats_at(address, shape):
     return np.frombuffer((ctypes.c_float * math.prod(shape)).from_address(address), np.float32).reshape(shape)
 

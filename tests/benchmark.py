@@ -219,9 +219,9 @@ def measure_operator(table, args):
         table.add(4, f'operator, memory added by 20 steps at (256, 512, {classes:,}), centers aside', added, 'MB', at_most=8)
 
 
-def run_part(*options, script=__file__):
+def run_part(*options, script=__file__, **environment):
     """What a script prints that runs in a process of its own."""
-    result = subprocess.run([sys.executable, script, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run([sys.executable, script, *options], env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if result.returncode:
         raise Failure(f'{Path(script).name} {" ".join(options)} ended with status {result.returncode}: {result.stderr.strip()}')
     return result.stdout
@@ -256,7 +256,7 @@ def measure_torch(table, args):
         return
     ours, torch, usual = [], [], []
     for _ in range(4):
-        ours.append(float(run_part('--epochs-of-training')))
+        ours.append(float(run_part('--epochs-of-training', '128')))
         for order, measured in (('pooling-first', torch), ('tanh-first', usual)):
             measured.append(float(run_part(os.environ['OMP_NUM_THREADS'], order, script=ROOT / 'tests' / 'benchmark_torch.py')))
     table.add(3, what, median_ratio(ours, torch), 'x', at_least=1.25)
@@ -264,16 +264,26 @@ def measure_torch(table, args):
     table.add('', 'training with data and metrics, PyTorch, batch 128', statistics.median(torch), 'images/s')
 
 
-def epochs_of_training():
+def measure_engine(table, args):
+    """What MXNet's synchronous engine brings, see runtime.py."""
+    for batch_size in (32, 128):
+        ours, usual = [], []
+        for _ in range(3):
+            ours.append(float(run_part('--epochs-of-training', str(batch_size))))
+            usual.append(float(run_part('--epochs-of-training', str(batch_size), MXNET_ENGINE_TYPE='ThreadedEnginePerDevice')))
+        table.add('', f"training with data and metrics, ours over MXNet's usual engine, batch {batch_size}", median_ratio(ours, usual), 'x')
+
+
+def epochs_of_training(batch_size):
     """Images per second of training on the embedded digits, the first epoch aside."""
-    batches, _ = data.mnist_iterator(128, dataset='mnist-5k')
-    module = module_of(train.get_symbol(), 128)
+    batches, _ = data.mnist_iterator(batch_size, dataset='mnist-5k')
+    module = module_of(train.get_symbol(), batch_size)
 
     def epoch():
         batches.reset()
         train_on(module, batches, metrics())
 
-    print(batches.num_batches * 128 / Turns(epoch, rounds=5).median())
+    print(batches.num_batches * batch_size / Turns(epoch, rounds=5).median())
 
 
 @contextlib.contextmanager
@@ -424,7 +434,7 @@ def measure_vis(table, args):
     table.add(8, f'vis.py, both splits, {images:,} images', seconds, 's', at_most=25)
 
 
-PARTS = {'throughput': measure_throughput, 'operator': measure_operator, 'loop': measure_loop, 'torch': measure_torch, 'overhead': measure_overhead,
+PARTS = {'throughput': measure_throughput, 'engine': measure_engine, 'operator': measure_operator, 'loop': measure_loop, 'torch': measure_torch, 'overhead': measure_overhead,
          'flops': measure_flops, 'start-up': measure_start_up, 'vis': measure_vis}
 
 
@@ -436,7 +446,7 @@ def main():
     parts = parser.add_argument_group('what runs in a process of its own')
     parts.add_argument('--part', choices=list(PARTS), help='print the rows of this part as JSON')
     parts.add_argument('--memory-of-operator', type=int, metavar='K', help='print the memory that the operator adds with K classes')
-    parts.add_argument('--epochs-of-training', action='store_true', help='print the images per second of training')
+    parts.add_argument('--epochs-of-training', type=int, metavar='B', help='print the images per second of training with batches of B')
     args = parser.parse_args()
     if args.part:
         table = Table()
@@ -445,7 +455,7 @@ def main():
     elif args.memory_of_operator:
         memory_of_operator(args.memory_of_operator)
     elif args.epochs_of_training:
-        epochs_of_training()
+        epochs_of_training(args.epochs_of_training)
     else:
         run_all(args)
 
