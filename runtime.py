@@ -111,7 +111,8 @@ if _engine_is_chosen_here:
     start_engine()
     del os.environ['MXNET_ENGINE_TYPE']  # the processes that this one starts choose for themselves
 
-__all__ = ['ROLE', 'SYNCHRONOUS', 'THREADS_ARE_CHOSEN_HERE', 'ArgumentParser', 'Failure', 'InputError', 'Terminated', 'available_cpus', 'memory_of', 'mx', 'number', 'run_script']
+__all__ = ['ROLE', 'SYNCHRONOUS', 'THREADS_ARE_CHOSEN_HERE', 'ArgumentParser', 'Failure', 'InputError', 'Terminated', 'available_cpus', 'memory_of', 'mx',
+           'number', 'run_script']
 
 
 def memory_of(array, shape=None):

@@ -209,7 +209,8 @@ class Diverged(Failure):
     """Training that cannot come to anything any more."""
 
     def __init__(self, what, where):
-        super().__init__(f'training diverged: {what} in {where}; try a smaller --lr or --center-loss-weight, a longer --warmup-epochs, --clip-gradient, or the default --initializer')
+        super().__init__(f'training diverged: {what} in {where}; try a smaller --lr or --center-loss-weight, a longer --warmup-epochs, --clip-gradient, '
+                         'or the default --initializer')
 
 
 class WidestDifference(mx.metric.EvalMetric):

@@ -434,8 +434,8 @@ def measure_vis(table, args):
     table.add(8, f'vis.py, both splits, {images:,} images', seconds, 's', at_most=25)
 
 
-PARTS = {'throughput': measure_throughput, 'engine': measure_engine, 'operator': measure_operator, 'loop': measure_loop, 'torch': measure_torch, 'overhead': measure_overhead,
-         'flops': measure_flops, 'start-up': measure_start_up, 'vis': measure_vis}
+PARTS = {'throughput': measure_throughput, 'engine': measure_engine, 'operator': measure_operator, 'loop': measure_loop, 'torch': measure_torch,
+         'overhead': measure_overhead, 'flops': measure_flops, 'start-up': measure_start_up, 'vis': measure_vis}
 
 
 def main():

@@ -37,8 +37,10 @@ RUNS = {
     'accuracy': f'--initializer=small-head {JOINT}',
     **{f'ring-{name}': f'--no-bias {objective}' for name, objective in OBJECTIVES.items()},
     # Each epoch is of thirteen times the work, so that there are fewer, of smaller batches; with so many of them to warm up in, a higher rate is stable.
-    **{f'lenet++-{name}': f'--network=lenet++ --num-epochs=6 --lr=0.04 --embedding-lr-mult=0.25 --lr-factor-epoch=4 --batch-size=64 {objective}' for name, objective in OBJECTIVES.items()},
-    **{f'open-set-{dim}-{weight}': f'--num-classes=6 --embedding-dim={dim} --center-loss-weight={weight}' for dim in (2, 32) for weight in ('0', '0.01', '0.1', '1')},
+    **{f'lenet++-{name}': f'--network=lenet++ --num-epochs=6 --lr=0.04 --embedding-lr-mult=0.25 --lr-factor-epoch=4 --batch-size=64 {objective}'
+       for name, objective in OBJECTIVES.items()},
+    **{f'open-set-{dim}-{weight}': f'--num-classes=6 --embedding-dim={dim} --center-loss-weight={weight}'
+       for dim in (2, 32) for weight in ('0', '0.01', '0.1', '1')},
 }
 LAMBDAS = ['softmax', 'lambda-0.001', 'lambda-0.01', 'lambda-0.1', 'lambda-1']
 ALPHAS = ['alpha-0.01', 'alpha-0.1', 'lambda-1', 'alpha-1']
