@@ -5,7 +5,7 @@ Every script takes MXNet from here, ``from runtime import mx``, so that the orde
 * NumPy's old aliases (``np.bool`` and friends), which MXNet 1.9.1 still uses, are restored where NumPy >= 1.24 left them out;
 * the number of CPU threads is chosen: OpenMP reads it once, when MXNet is loaded;
 * a process with DMLC_ROLE=scheduler or server does not become one by the mere import, so that the program can watch over it;
-* the engine is chosen: MXNet reads its name at the import, and begins it with the first array.
+* the engine is chosen, whose name MXNet reads at the import, and begun.
 """
 
 import argparse
