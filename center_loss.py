@@ -23,6 +23,7 @@ from runtime import SYNCHRONOUS, memory_of, mx
 
 __all__ = ['Accuracy', 'CenterLoss', 'CenterLossMetric', 'CenterLossProp', 'read_centers', 'write_centers']
 
+FEW = 2 ** 15  # multiplications, see CenterLoss
 MOST_QUEUED = 32  # batches that a metric has yet to count: as many may lie in memory, waiting for the device
 
 # Of a training that diverges: the metric shows it. np.errstate around each callback would take as long as the arithmetic of a small batch.
@@ -32,12 +33,13 @@ warnings.filterwarnings('ignore', category=RuntimeWarning, module=__name__)
 class CenterLoss(mx.operator.CustomOp):
     """Center loss (Eq. 2), its gradient (Eq. 3), and the movement of the centers (Eq. 4), for one device.
 
-    The work grows with the batch alone, O(B d): only the centers of the classes that occur in it are read or written.
+    The work grows with the batch alone, O(B d): of many classes only the centers of those that occur in it are read or written.
 
     On the CPU the arrays' own memory is read and written through NumPy. The engine has granted it for the duration of the callback, so
     nothing is queued behind the backward pass that is under way. Between two convolutions the caches hold nothing of Python, and every function that is
-    called costs ten times what it does in a loop of its own: therefore few are, and backward takes over what forward has found. On any other device the
-    same steps are ``mx.nd`` operations.
+    called costs ten times what it does in a loop of its own: therefore few are, and backward takes over what forward has found. Where classes and batch
+    are few, a product of matrices sums over the samples of every class; no more than FEW multiplications, or NumPy would share it among threads of its
+    own, which get in the way of MXNet's. Elsewhere the samples are sorted by class. On any other device the same steps are ``mx.nd`` operations.
 
     Parameters
     ----------
@@ -62,17 +64,17 @@ class CenterLoss(mx.operator.CustomOp):
         self.factor = scale / shape[0] if normalization == 'batch' else scale
         self.shape = tuple(shape)
         self.on_cpu = on_cpu
+        self.one_hot = np.eye(num_class, dtype=np.float32) if num_class * max(num_class, shape[0]) * shape[1] <= FEW else None  # (K, K)
         self.of_forward = None  # what a forward in training leaves to its backward
 
     def forward(self, is_train, req, in_data, out_data, aux):
         """Write the mean center loss of the batch, shape (1,). The centers stay where they are."""
         data, label = in_data
         if self.on_cpu:
-            found = self._in_memory(data, label, aux[0])
+            found = difference, _, _ = self._in_memory(data, label, aux[0])
             self.of_forward = found if is_train else None
-            # np.dot would be shared among threads of its own, which get in the way of MXNet's.
-            loss = np.add.reduce(np.square(found[0]), axis=None) / (2 * self.shape[0])
-            _write(memory_of(out_data[0], (1,)), req[0], loss)
+            total = np.vdot(difference, difference) if self.one_hot is not None else np.add.reduce(np.square(difference), axis=None)
+            _write(memory_of(out_data[0], (1,)), req[0], total / (2 * self.shape[0]))
         else:
             self._check(label.asnumpy())
             difference = data - mx.nd.take(aux[0], label)
@@ -82,13 +84,14 @@ class CenterLoss(mx.operator.CustomOp):
         """Write the gradient of the embeddings, shape (B, d), from the present centers; then move the centers."""
         data, label = in_data
         if self.on_cpu:
-            difference, order, classes = self.of_forward or self._in_memory(data, label, aux[0])
+            difference, classes, centers = self.of_forward or self._in_memory(data, label, aux[0])
             self.of_forward = None  # another backward finds the centers elsewhere
             if req[0] != 'null':
                 _write(memory_of(in_grad[0], self.shape), req[0], self.factor * difference)
             if req[1] != 'null':
                 _write(memory_of(in_grad[1], self.shape[:1]), req[1], 0)
-            self._move_centers_in_memory(difference, order, classes, self._rows_of(aux[0]))
+            move = self._move_all if self.one_hot is not None else self._move_occurring
+            move(difference, classes, centers)
         else:
             difference = data - mx.nd.take(aux[0], label)
             self.assign(in_grad[0], req[0], self.factor * difference)
@@ -96,22 +99,25 @@ class CenterLoss(mx.operator.CustomOp):
             self._move_centers(difference, label, aux[0])
 
     def _in_memory(self, data, label, centers):
-        """x_i - c_{y_i}, float32 (B, d); the order that sorts the samples by class, (B,); and their classes in that order, int64 (B,)."""
+        """x_i - c_{y_i}, float32 (B, d), the classes y_i, int64 (B,), and the centers, (K, d)."""
         label = memory_of(label, self.shape[:1])
         classes = label.astype(np.int64)
-        order = classes.argsort(kind='stable')
-        in_order = classes[order]
-        # Comparing bytes takes a fraction of comparing numbers.
-        if in_order[0] < 0 or in_order[-1] >= self.num_class or classes.astype(np.float32).tobytes() != label.tobytes():
+        # Comparing bytes takes a fraction of comparing numbers; among unsigned numbers the negative ones are the largest.
+        if classes.astype(np.float32).tobytes() != label.tobytes() or np.maximum.reduce(classes.view(np.uint64)) >= self.num_class:
             self._check(label)
-        return memory_of(data, self.shape) - self._rows_of(centers)[classes], order, in_order
+        centers = memory_of(centers, (self.num_class, self.shape[1]))
+        return memory_of(data, self.shape) - centers.take(classes, axis=0), classes, centers
 
-    def _rows_of(self, centers):
-        """The centers in memory, (K, d)."""
-        return memory_of(centers, (self.num_class, self.shape[1]))
+    def _move_all(self, difference, classes, centers):
+        """Eq. 4 on all centers; the step of those that do not occur in the batch is 0."""
+        step = self.one_hot.take(classes, axis=1).dot(difference)  # (K, d)
+        step *= (self.alpha / (1 + np.bincount(classes, minlength=self.num_class)))[:, None]
+        centers += step
 
-    def _move_centers_in_memory(self, difference, order, classes, centers):
+    def _move_occurring(self, difference, classes, centers):
         """Eq. 4 on the centers that occur in the batch: sorted by class, the samples of one class are a run that one sum covers."""
+        order = classes.argsort(kind='stable')
+        classes = classes[order]
         begins = np.ones(len(classes) + 1, bool)  # where the run of a class begins, and the end of the last
         np.not_equal(classes[1:], classes[:-1], out=begins[1:-1])
         bounds = begins.nonzero()[0]
