@@ -136,8 +136,8 @@ def mnist_iterator(batch_size, input_shape=(1, 28, 28), dataset='auto', data_dir
     total_batch = num_parts * batch_size
     num_batches = len(images) // total_batch
     if num_batches == 0:
-        raise DataError(f'--batch-size={batch_size} is too large: {f"{num_parts} workers take {total_batch} images" if num_parts > 1 else "it takes more images"} '
-                        f'than the {len(images)} there are to train on ({digits.dataset})')
+        taken = f'{num_parts} workers take {total_batch} images' if num_parts > 1 else 'it takes more images'
+        raise DataError(f'--batch-size={batch_size} is too large: {taken} than the {len(images)} there are to train on ({digits.dataset})')
     if not len(val_images):
         raise DataError(f'--num-classes={num_classes}: {digits.dataset} has no validation images of the classes 0 to {num_classes - 1}')
     logging.info('data: %s, %d training and %d validation images, from %s', digits.dataset, len(images), len(val_images), digits.source)
@@ -255,7 +255,8 @@ def load_digits(dataset='auto', data_dir=None):
     what_to_do = f'put its four files ({", ".join(FILES)}, .gz or not) into {FOLDER / name}, or name their folder with --data-dir'
     if dataset != 'auto':
         raise DataError(f'--dataset={name} cannot be had ({"; ".join(tried)}): {what_to_do}')
-    logging.warning('no MNIST (%s): going on with mnist-5k, the 5,000 of its digits that come with the program; for all of them, %s', '; '.join(tried), what_to_do)
+    logging.warning('no MNIST (%s): going on with mnist-5k, the 5,000 of its digits that come with the program; for all of them, %s',
+                    '; '.join(tried), what_to_do)
     return read_folder(FOLDER / 'mnist-5k', 'mnist-5k')
 
 
@@ -407,7 +408,8 @@ def receive(url, part, received):
         part.parent.mkdir(exist_ok=True)
         length = int(response.raw.length_remaining or 0) + received  # 0: the server does not say, or not as a number
         with (open(part, 'ab' if continued else 'wb') as file,
-              tqdm(total=length if length > received else None, initial=received, desc=part.name.replace('.part', ''), unit='B', unit_scale=True, disable=None) as progress):
+              tqdm(total=length if length > received else None, initial=received, desc=part.name.replace('.part', ''), unit='B', unit_scale=True,
+                   disable=None) as progress):
             for chunk in response.raw.stream(1 << 16, decode_content=False):
                 received += len(chunk)
                 if received > MAX_DOWNLOAD:

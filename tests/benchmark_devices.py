@@ -72,8 +72,8 @@ def drift(epochs=5):
             off = np.linalg.norm(centers[0] - centers[1], axis=1).max()
             apart.set_params(*apart.get_params())
             batches.reset()
-            print(f'{devices} devices, epoch {epoch + 1}: copies up to {worst:.3f} apart, in the median {statistics.median(typical):.1%} of the distance to the '
-                  f'nearest other center; their mean up to {off:.3f} from the exact centers (norm {np.linalg.norm(centers[1], axis=1).mean():.2f})')
+            print(f'{devices} devices, epoch {epoch + 1}: copies up to {worst:.3f} apart, in the median {statistics.median(typical):.1%} of the distance to '
+                  f'the nearest other center; their mean up to {off:.3f} from the exact centers (norm {np.linalg.norm(centers[1], axis=1).mean():.2f})')
 
 
 def embedding_alone(num_class, dimension):
@@ -115,8 +115,8 @@ def scaling(total_batch=96, rounds=2):
         for side, line in sides.items():
             workers = int(line[0].split('=')[1]) if 'workers' in line[0] else 1
             with tempfile.TemporaryDirectory() as folder:
-                result = subprocess.run([sys.executable, str(ROOT / 'train.py'), '--dataset=mnist-5k', f'--batch-size={total_batch // workers}', '--num-epochs=4',
-                                         *line], cwd=folder, capture_output=True, text=True, env=environment)
+                result = subprocess.run([sys.executable, str(ROOT / 'train.py'), '--dataset=mnist-5k', f'--batch-size={total_batch // workers}',
+                                         '--num-epochs=4', *line], cwd=folder, capture_output=True, text=True, env=environment)
                 epochs = re.findall(r'Node\[0\] Epoch\[[1-9]\] Time cost=(\S+)', result.stderr)
                 accuracy = re.findall(r'Epoch\[3\] Validation-accuracy=(\S+)', result.stderr)[-1]
             times[side] += map(float, epochs)

@@ -124,7 +124,8 @@ def run_in(folder, own):
         train_until(2, '--resume')
         faces = RandomFaces(own.num_classes, own.dimension, int(own.batch_size), 1, 0)
         joint = network(own.num_classes, own.dimension)
-        for name, symbol in (('softmax and center loss', joint), ('softmax alone', joint['softmax_output']), ('center loss alone', joint['center_loss_output'])):
+        objectives = {'softmax and center loss': joint, 'softmax alone': joint['softmax_output'], 'center loss alone': joint['center_loss_output']}
+        for name, symbol in objectives.items():
             print(f'{name}: {1000 * time_per_step(symbol, faces, 5):.1f} ms a step', flush=True)
         memory('in all')
 

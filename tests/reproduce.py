@@ -193,8 +193,9 @@ def main():
         for run in unfinished:
             progress.set_description(f'{run.name}, {run.folder.name}')
             run.train(progress)
-    print(f'\n{args.data_dir or args.dataset}, {args.num_epochs} epochs, {args.seeds} seed{"s (mean ± standard deviation)" * (args.seeds > 1)}, {available_cpus()} processors; '
-          f'every run: python train.py {shlex.join(common_options(args))} and')
+    seeds = f'{args.seeds} seeds (mean ± standard deviation)' if args.seeds > 1 else '1 seed'
+    print(f'\n{args.data_dir or args.dataset}, {args.num_epochs} epochs, {seeds}, {available_cpus()} processors; every run: '
+          f'python train.py {shlex.join(common_options(args))} and')
     print(table({name: [run.result() for run in runs if run.name == name] for name in names}))
     if args.images:
         draw(args)

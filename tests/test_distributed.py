@@ -91,7 +91,8 @@ def assert_close(measured, expected, **tolerance):
 def test_two_and_four_devices_learn_what_one_learns_to_rounding():
     """The weights, the momentum and the centers: in every batch, Eq. 4 is that of the whole batch."""
     for devices, kind in ((1, 'local'), (2, 'local'), (4, 'device')):
-        train_small('--num-epochs', 2, '--batch-size', 48, '--kv-store', kind, '--save-model-prefix', f'on{devices}', '--cpus', ','.join(map(str, range(devices))))
+        train_small('--num-epochs', 2, '--batch-size', 48, '--kv-store', kind, '--save-model-prefix', f'on{devices}',
+                    '--cpus', ','.join(map(str, range(devices))))
     for devices in (2, 4):
         for file in ('params', 'states'):
             assert_close(arrays_of(f'on{devices}-0002.{file}'), arrays_of(f'on1-0002.{file}'), rtol=1e-4, atol=2e-6)

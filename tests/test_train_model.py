@@ -272,7 +272,8 @@ def test_a_collapsed_embedding_stops_and_is_not_saved():
     train_small('--save-model-prefix', 'run', '--num-epochs', 1, '--num-examples', 100)
     before = {path.name: path.read_bytes() for path in Path().glob('run*')}
     with pytest.raises(Diverged, match=r'all classes are on one point of the embedding, Validation-accuracy is 0\.1000 in epoch 1, batch 40; '
-                                       'try a smaller --lr or --center-loss-weight, a longer --warmup-epochs, --clip-gradient, or the default --initializer; no epoch of run'):
+                                       'try a smaller --lr or --center-loss-weight, a longer --warmup-epochs, --clip-gradient, or the default --initializer; '
+                                       'no epoch of run'):
         train_small('--save-model-prefix', 'run', '--initializer', 'mixed', '--lr', 0.02, '--warmup-epochs', 0, '--batch-size', 100, '--num-examples', 4000,
                     network=train.get_symbol(center_loss_weight=1))
     assert {path.name: path.read_bytes() for path in Path().glob('run*')} == before
