@@ -176,7 +176,7 @@ def parse_args(argv=None):
                          help='learning rate of the centers: how far they move towards the embeddings of their class in every batch')
     network.add_argument('--no-bias', action='store_true', help='no biases in the embedding and the last layer: the clusters lie on a ring')
     network.add_argument('--initializer', choices=sorted(INITIALIZERS), default='xavier',
-                         help='initial weights: xavier trains at lambda 0 to 1; small-head is xavier with a last layer close to 0, for '
+                         help='initial weights: xavier trains at lambda 0 to 1; small-head has a last layer close to 0 and larger weights elsewhere, for '
                               'runs of many batches; mixed (dense layers close to 0) is the widely known recipe, for lambda 0.01 and below')
 
     training = parser.add_argument_group('training')

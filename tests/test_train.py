@@ -150,7 +150,7 @@ def test_with_a_small_head_all_classes_begin_alike():
         module.forward(mx.io.DataBatch([mx.nd.array(images)], [mx.nd.zeros(len(images))] * 2))
         probabilities = module.get_outputs()[0].asnumpy()
         spread[initializer] = probabilities.max() - probabilities.min()
-    assert 1e-5 < spread['small-head'] < 0.1 * spread['xavier'] < 0.1
+    assert 1e-5 < spread['small-head'] < 0.2 * spread['xavier'] < 0.1  # although its features begin at twice the size
 
 
 @pytest.mark.parametrize('initializer', sorted(train_model.INITIALIZERS))
@@ -325,6 +325,14 @@ def test_two_cpu_contexts_learn_what_one_learns(trained, tmp_path):
     for name in ('Train-accuracy', 'Validation-accuracy', 'Validation-center_loss'):
         one, two = (float(re.findall(rf'Epoch\[1\] {name}=(\S+)', log)[0]) for log in (trained[1].stderr, result.stderr))
         assert two == pytest.approx(one, rel=0.2), name
+
+
+def test_from_a_small_head_lambda_1_trains_on_few_batches(tmp_path):
+    """If the embedding began at the variance of the other layers, all classes would fall on one point in the first epochs."""
+    result = run('--dataset', 'mnist-5k', '--num-epochs', 8, '--batch-size', 128, '--initializer', 'small-head', '--center-loss-weight', 1,
+                 '--lr', 0.1, '--embedding-lr-mult', 0.05, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert float(re.findall(r'Epoch\[7\] Validation-accuracy=(\S+)', result.stderr)[0]) > 0.7
 
 
 def test_some_digits_only_in_lenet_plus_plus_with_a_wide_embedding(tmp_path):
