@@ -176,8 +176,8 @@ def parse_args(argv=None):
                          help='learning rate of the centers: how far they move towards the embeddings of their class in every batch')
     network.add_argument('--no-bias', action='store_true', help='no biases in the embedding and the last layer: the clusters lie on a ring')
     network.add_argument('--initializer', choices=sorted(INITIALIZERS), default='xavier',
-                         help='initial weights: xavier trains at lambda 0 to 1; small-head has a last layer close to 0 and larger weights elsewhere, for '
-                              'runs of many batches; mixed (dense layers close to 0) is the widely known recipe, for lambda 0.01 and below')
+                         help='initial weights: xavier trains at lambda 0 to 1; small-head has a last layer close to 0 and larger weights before '
+                              'the embedding, for a higher --lr; mixed (dense layers close to 0) is the widely known recipe, for lambda 0.01 and below')
 
     training = parser.add_argument_group('training')
     training.add_argument('--gpus', type=device_numbers, default='', metavar='LIST', help='GPUs that share every batch, such as 0,1; empty: the CPU')

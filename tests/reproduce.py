@@ -34,7 +34,8 @@ RUNS = {
     'softmax': OBJECTIVES['softmax'],
     **{f'lambda-{weight}': f'--center-loss-weight={weight}' for weight in ('0.001', '0.01', '0.1', '1')},
     **{f'alpha-{alpha}': f'{JOINT} --alpha={alpha}' for alpha in ('0.01', '0.1', '1')},  # 0.5 is the default: lambda-1
-    'accuracy': f'--initializer=small-head --lr=0.1 --embedding-lr-mult=0.05 --lr-factor-epoch=14 {JOINT}',
+    **{f'accuracy-{name}': f'--initializer=small-head --lr=0.1 --embedding-lr-mult=0.05 --lr-factor-epoch=14 {objective}'
+       for name, objective in OBJECTIVES.items()},
     **{f'ring-{name}': f'--no-bias {objective}' for name, objective in OBJECTIVES.items()},
     # Each epoch is of thirteen times the work, so that there are fewer, of smaller batches; with so many of them to warm up in, a higher rate is stable.
     **{f'lenet++-{name}': f'--network=lenet++ --num-epochs=6 --lr=0.04 --embedding-lr-mult=0.25 --lr-factor-epoch=4 --batch-size=64 {objective}'
