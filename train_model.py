@@ -329,7 +329,7 @@ def optimizer_options(args, batches_per_epoch, first_epoch):
         'learning_rate': args.lr,
         'momentum': MOMENTUM,
         'wd': WEIGHT_DECAY,
-        'clip_gradient': args.clip_gradient,
+        'clip_gradient': args.clip_gradient or None,
         'lr_scheduler': mx.lr_scheduler.FactorScheduler(max(1, updates(args.lr_factor_epoch)), args.lr_factor, stop_factor_lr=0, base_lr=args.lr,
                                                         warmup_steps=updates(args.warmup_epochs)),
         'begin_num_update': first_epoch * batches_per_epoch,

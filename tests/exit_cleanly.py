@@ -34,7 +34,7 @@ MANNERS = [
     ('Ctrl-C', [], [signal.SIGINT], {0, 130}),
     ('SIGTERM', [], [signal.SIGTERM], {0, 143}),
     ('Ctrl-C twice', ['--cpus=0,1'], [signal.SIGINT] * 2, {0, 130}),
-    ('diverged', ['--lr=1e6'], [], {1}),
+    ('diverged', ['--lr=1e6', '--clip-gradient=0'], [], {1}),
     ('mistake', ['--num-examples=7'], [], {2}),
 ]
 

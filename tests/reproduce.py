@@ -34,8 +34,6 @@ RUNS = {
     'softmax': OBJECTIVES['softmax'],
     **{f'lambda-{weight}': f'--center-loss-weight={weight}' for weight in ('0.001', '0.01', '0.1', '1')},
     **{f'alpha-{alpha}': f'{JOINT} --alpha={alpha}' for alpha in ('0.01', '0.1', '1')},  # 0.5 is the default: lambda-1
-    **{f'accuracy-{name}': f'--initializer=small-head --lr=0.1 --embedding-lr-mult=0.05 --lr-factor-epoch=14 {objective}'
-       for name, objective in OBJECTIVES.items()},
     **{f'ring-{name}': f'--no-bias {objective}' for name, objective in OBJECTIVES.items()},
     # Each epoch is of thirteen times the work, so that there are fewer, of smaller batches; with so many of them to warm up in, a higher rate is stable.
     **{f'lenet++-{name}': f'--network=lenet++ --num-epochs=6 --lr=0.04 --embedding-lr-mult=0.25 --lr-factor-epoch=4 --batch-size=64 {objective}'
@@ -47,7 +45,7 @@ LAMBDAS = ['softmax', 'lambda-0.001', 'lambda-0.01', 'lambda-0.1', 'lambda-1']
 ALPHAS = ['alpha-0.01', 'alpha-0.1', 'lambda-1', 'alpha-1']
 ANIMATED = 'lambda-1'
 PARTS = {'lambda': LAMBDAS, 'alpha': ALPHAS,
-         **{part: [name for name in RUNS if name.startswith(part)] for part in ('accuracy', 'ring', 'lenet++', 'open-set')}}
+         **{part: [name for name in RUNS if name.startswith(part)] for part in ('ring', 'lenet++', 'open-set')}}
 
 # (part, file, options of vis.py), of the first seed
 PICTURES = [

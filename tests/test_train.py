@@ -135,8 +135,22 @@ def test_prelu_and_its_gradients_are_those_of_mxnets_own(shape):
     np.testing.assert_allclose(found[0][0], np.where(x > 0, x, x * slope[:, None, None]), rtol=1e-5, atol=1e-6)
 
 
-def test_the_learning_rate_is_that_of_the_network_unless_it_is_given():
-    assert [train.parse_args(line).lr for line in ([], ['--network=lenet++'], ['--network=lenet++', '--lr=0.05'])] == [0.05, 0.01, 0.05]
+@pytest.mark.parametrize('line, expected', [
+    ('', ('small-head', 0.1, 0.05, 14, 0.05)),
+    ('--network=lenet++', ('xavier', 0.01, 0.1, 10, 0)),
+    ('--network=lenet++ --lr=0.05 --clip-gradient=1', ('xavier', 0.05, 0.1, 10, 1)),
+    ('--initializer=mixed --lr=0.01 --embedding-lr-mult=1 --lr-factor-epoch=20 --clip-gradient=0', ('mixed', 0.01, 1, 20, 0)),
+])
+def test_a_network_has_a_recipe_of_which_every_part_can_be_given(line, expected):
+    args = train.parse_args(line.split())
+    assert (args.initializer, args.lr, args.embedding_lr_mult, args.lr_factor_epoch, args.clip_gradient) == expected
+
+
+def test_the_help_shows_the_recipes(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(['--help'])
+    told = ' '.join(capsys.readouterr().out.split())
+    assert '(default: small-head for lenet, xavier for lenet++)' in told and '(default: 0.1 for lenet, 0.01 for lenet++)' in told
 
 
 def test_with_a_small_head_all_classes_begin_alike():
@@ -327,10 +341,9 @@ def test_two_cpu_contexts_learn_what_one_learns(trained, tmp_path):
         assert two == pytest.approx(one, rel=0.2), name
 
 
-def test_from_a_small_head_lambda_1_trains_on_few_batches(tmp_path):
+def test_lambda_1_trains_on_few_batches(tmp_path):
     """If the embedding began at the variance of the other layers, all classes would fall on one point in the first epochs."""
-    result = run('--dataset', 'mnist-5k', '--num-epochs', 8, '--batch-size', 128, '--initializer', 'small-head', '--center-loss-weight', 1,
-                 '--lr', 0.1, '--embedding-lr-mult', 0.05, cwd=tmp_path)
+    result = run('--dataset', 'mnist-5k', '--num-epochs', 8, '--batch-size', 128, '--center-loss-weight', 1, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert float(re.findall(r'Epoch\[7\] Validation-accuracy=(\S+)', result.stderr)[0]) > 0.7
 
@@ -394,7 +407,7 @@ def test_some_digits_only_in_lenet_plus_plus_with_a_wide_embedding(tmp_path):
     (['--clip-gradient=1e308'], '--clip-gradient: 1e308 is out of range'),
     (['--clip-gradient=1e-320'], '--clip-gradient: 1e-320 is out of range'),
     (['--clip-gradient=x'], "--clip-gradient: 'x' is not a finite number"),
-    (['--clip-gradient=0'], '--clip-gradient: 0 is out of range'),
+    (['--clip-gradient=-0.1'], '--clip-gradient: -0.1 is out of range'),
     (['--seed=-1'], '--seed: -1 is out of range'),
     (['--seed=99999999999'], '--seed: 99999999999 is out of range'),
     (['--seed=x'], "--seed: 'x' is not a whole number"),
