@@ -44,15 +44,15 @@ RUNS = {
 LAMBDAS = ['softmax', 'lambda-0.001', 'lambda-0.01', 'lambda-0.1', 'lambda-1']
 ALPHAS = ['alpha-0.01', 'alpha-0.1', 'lambda-1', 'alpha-1']
 ANIMATED = 'lambda-1'
-PARTS = {'lambda': LAMBDAS, 'alpha': ALPHAS,
+PARTS = {'objectives': ['softmax', 'lambda-1'], 'lambda': LAMBDAS, 'alpha': ALPHAS,
          **{part: [name for name in RUNS if name.startswith(part)] for part in ('ring', 'lenet++', 'open-set')}}
 
 # (part, file, options of vis.py), of the first seed
 PICTURES = [
-    ('lambda', 'mnist.png', ['--compare', 'softmax', '--model-prefix', 'lambda-1']),
+    ('objectives', 'mnist.png', ['--compare', 'softmax', '--model-prefix', 'lambda-1']),
+    ('objectives', 'curves.png', ['--curves', 'softmax.txt', 'lambda-1.txt']),
+    ('objectives', 'evolution.gif', ['--model-prefix', ANIMATED]),
     ('lambda', 'lambda.png', ['--grid', *LAMBDAS]),
-    ('lambda', 'curves.png', ['--curves', 'softmax.txt', 'lambda-1.txt']),
-    ('lambda', 'evolution.gif', ['--model-prefix', ANIMATED]),
     ('alpha', 'alpha.png', ['--grid', *ALPHAS]),
     ('ring', 'ring.png', ['--compare', 'ring-softmax', '--model-prefix', 'ring-joint']),
     ('lenet++', 'lenet++.png', ['--compare', 'lenet++-softmax', '--model-prefix', 'lenet++-joint']),
