@@ -342,10 +342,10 @@ def test_two_cpu_contexts_learn_what_one_learns(trained, tmp_path):
 
 
 def test_lambda_1_trains_on_few_batches(tmp_path):
-    """If the embedding began at the variance of the other layers, all classes would fall on one point in the first epochs."""
-    result = run('--dataset', 'mnist-5k', '--num-epochs', 8, '--batch-size', 128, '--center-loss-weight', 1, cwd=tmp_path)
+    """A run that collapsed before gradients were cut: where the rate has risen after 40 batches, the center loss overshoots."""
+    result = run('--dataset', 'mnist-5k', '--num-epochs', 8, '--center-loss-weight', 1, '--seed', 1, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert float(re.findall(r'Epoch\[7\] Validation-accuracy=(\S+)', result.stderr)[0]) > 0.7
+    assert float(re.findall(r'Epoch\[7\] Validation-accuracy=(\S+)', result.stderr)[0]) > 0.8
 
 
 def test_some_digits_only_in_lenet_plus_plus_with_a_wide_embedding(tmp_path):
