@@ -4,11 +4,14 @@
     python tests/reproduce.py --only lambda ring --seeds 1             some parts
     python tests/reproduce.py --dataset mnist-5k --num-epochs 5        a trial on the embedded digits
 
-A run is ``python train.py`` with the options that stand in the table. Started again, it skips the runs that are finished and continues the one
-that was interrupted. Of a finished run only the last parameters stay, and those of every epoch of the one that is animated.
+A run is ``python train.py`` with the options that stand in the table. As many go side by side as there are processors, with one thread each: for networks
+of this size that is faster than one run with all of them. Started again, it skips the runs that are finished and continues those that were interrupted.
+Of a finished run only the last parameters stay, and those of every epoch of the one that is animated.
 """
 
+import concurrent.futures
 import json
+import os
 import re
 import shlex
 import statistics
@@ -25,7 +28,7 @@ from tqdm import tqdm  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
 import vis  # noqa: E402
-from runtime import ArgumentParser, Failure, InputError, available_cpus, number, run_script  # noqa: E402
+from runtime import THREADS_ARE_CHOSEN_HERE, ArgumentParser, Failure, InputError, available_cpus, number, run_script  # noqa: E402
 from train_model import Checkpoints  # noqa: E402
 
 JOINT = '--center-loss-weight=1'  # where one lambda stands for center loss
@@ -73,6 +76,8 @@ class Run:
         self.keep_all = name == ANIMATED and seed == 0
         self.command = [*common_options(args), *shlex.split(RUNS[name]), f'--seed={seed}', f'--save-model-prefix={name}', f'--log-file={name}.txt']
         self.options = train.parse_args(self.command)
+        self.process = None
+        self.stopped = False
 
     def result(self):
         """What is measured of the finished run, by column, or {'failure': sentence}; None where it is not finished."""
@@ -88,25 +93,37 @@ class Run:
         beside.write_text(json.dumps({'command': self.command, **result}, indent=1))
         beside.replace(self.record)
 
-    def train(self, progress):
-        """Train to the end, from wherever it is, and write the result. ``progress`` is moved on by every epoch."""
+    def train(self, progress, threads):
+        """Train to the end, from wherever it is, with so many ``threads``. ``progress`` is moved on by every epoch. Returns None, or the sentence that says
+        how it diverged. Several runs may do this at once, each in a thread of its own.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.write()
-        before = len(Checkpoints(str(self.folder / self.name)).epochs())
-        progress.update(before)
-        with subprocess.Popen([sys.executable, ROOT / 'train.py', *self.command, '--resume'], cwd=self.folder, stderr=subprocess.PIPE, text=True) as process:
+        progress.update(len(Checkpoints(str(self.folder / self.name)).epochs()))
+        with subprocess.Popen([sys.executable, ROOT / 'train.py', *self.command, '--resume'], cwd=self.folder, stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, 'OMP_NUM_THREADS': str(threads)}) as self.process:
+            if self.stopped:
+                self.process.terminate()
             last = ''
-            try:
-                for last in process.stderr:
-                    if 'Validation-center_loss' in last:
-                        progress.update()
-            except KeyboardInterrupt:
-                process.terminate()  # it stops at the end of the batch; the next start continues it
-                raise
+            for last in self.process.stderr:
+                if 'Validation-center_loss' in last:
+                    progress.update()
+        if not self.process.returncode:
+            return None
         sentence = last.strip().removeprefix('train.py: error: ')
-        if process.returncode and 'diverged' not in sentence:
-            raise Failure(f'{self.name}: {sentence}')
-        self.write(result={'failure': sentence} if process.returncode else self.measure())
+        if 'diverged' not in sentence:
+            raise Failure(f'{self.name}, {self.folder.name}: {sentence}')
+        return sentence
+
+    def stop(self):
+        """Stop the training, from another thread, at the end of the batch: the next start continues it."""
+        self.stopped = True
+        if self.process:
+            self.process.terminate()
+
+    def finish(self, failure):
+        """Write the result of a training that returned ``failure``, and remove what nobody needs any more."""
+        self.write(result={'failure': failure} if failure else self.measure())
         self.clean_up()
 
     def measure(self):
@@ -127,6 +144,23 @@ class Run:
             checkpoints.states(epoch).unlink(missing_ok=True)
             if epoch < self.options.num_epochs and not self.keep_all:
                 checkpoints.params(epoch).unlink()
+
+
+def train_all(runs, jobs):
+    """Train and measure the runs, up to ``jobs`` of them side by side, with a progress bar on a terminal. OMP_NUM_THREADS is respected."""
+    jobs = min(jobs, len(runs))
+    threads = available_cpus() // jobs or 1 if THREADS_ARE_CHOSEN_HERE else os.environ['OMP_NUM_THREADS']
+    with (tqdm(total=sum(run.options.num_epochs for run in runs), unit='epoch', disable=None) as progress,
+          concurrent.futures.ThreadPoolExecutor(jobs) as pool):
+        trainings = {pool.submit(run.train, progress, threads): run for run in runs}
+        try:
+            for training in concurrent.futures.as_completed(trainings):
+                trainings[training].finish(training.result())  # MXNet measures in this thread alone
+        except BaseException:  # Ctrl-C, or one of them failed
+            pool.shutdown(wait=False, cancel_futures=True)
+            for run in runs:
+                run.stop()
+            raise
 
 
 def common_options(args):
@@ -180,6 +214,7 @@ def main():
     parser.add_argument('--images', type=Path, metavar='DIR', help='write the pictures to this folder')
     parser.add_argument('--only', nargs='+', choices=list(PARTS), default=list(PARTS), metavar='PART', help='some of: ' + ', '.join(PARTS))
     parser.add_argument('--seeds', type=number(int, minimum=1), default=3, metavar='N', help='every run with the seeds 0 to N-1')
+    parser.add_argument('--jobs', type=number(int, minimum=1), default=available_cpus(), metavar='N', help='train N runs side by side')
     parser.add_argument('--num-epochs', type=number(int, minimum=1), default=20, metavar='N', help='epochs of every run that does not say otherwise')
     parser.add_argument('--num-examples', type=number(int, minimum=1), default=60000, metavar='N', help='use only the first N training images')
     parser.add_argument('--options', default='--batch-size=128', help='options of train.py for every run, as one argument')
@@ -188,10 +223,8 @@ def main():
     names = [name for name in RUNS if any(name in PARTS[part] for part in args.only)]
     runs = [Run(name, seed, args) for seed in range(args.seeds) for name in names]
     unfinished = [run for run in runs if run.result() is None]
-    with tqdm(total=sum(run.options.num_epochs for run in unfinished), unit='epoch', disable=None) as progress:
-        for run in unfinished:
-            progress.set_description(f'{run.name}, {run.folder.name}')
-            run.train(progress)
+    if unfinished:
+        train_all(unfinished, args.jobs)
     seeds = f'{args.seeds} seeds (mean ± standard deviation)' if args.seeds > 1 else '1 seed'
     print(f'\n{args.data_dir or args.dataset}, {args.num_epochs} epochs, {seeds}, {available_cpus()} processors; every run: '
           f'python train.py {shlex.join(common_options(args))} and')

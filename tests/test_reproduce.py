@@ -62,30 +62,32 @@ def test_finished_runs_are_not_repeated_and_another_programme_does_not_mix(progr
 
 
 def test_a_stopped_programme_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, 'RUNS', {'ring-softmax': reproduce.RUNS['ring-softmax']})
-    line = [*SMALL, '--num-epochs', '30', '--only', 'ring']
-    process = subprocess.Popen([sys.executable, reproduce.__file__, *line], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    line = ['--dataset', 'mnist-5k', '--num-examples', '500', '--seeds', '1', '--only', 'ring', '--jobs', '2']
+    process = subprocess.Popen([sys.executable, reproduce.__file__, *line, '--num-epochs', '60'], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / 'reproduction' / 'seed-0'
+    names = reproduce.PARTS['ring']
     deadline = time.monotonic() + 60
-    while not (folder / 'ring-softmax-0001.params').exists() and time.monotonic() < deadline:
+    while not all((folder / f'{name}-0001.params').exists() for name in names) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     process.stderr.close()
-    record = json.loads((folder / 'ring-softmax.json').read_text())
-    assert 'result' not in record
-    # The rest in one epoch more.
-    done = max(int(path.stem[-4:]) for path in folder.glob('*.params'))
-    record['command'] = [option.replace('--num-epochs=30', f'--num-epochs={done + 1}') for option in record['command']]
-    (folder / 'ring-softmax.json').write_text(json.dumps(record))
+    done = {name: max(int(path.stem[-4:]) for path in folder.glob(f'{name}-*.params')) for name in names}
+    num_epochs = max(done.values()) + 1
+    for name in names:  # both were on their way, and have less of it left now
+        record = json.loads((folder / f'{name}.json').read_text())
+        assert 'result' not in record
+        record['command'] = [option.replace('--num-epochs=60', f'--num-epochs={num_epochs}') for option in record['command']]
+        (folder / f'{name}.json').write_text(json.dumps(record))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'argv', ['reproduce.py', *SMALL, '--num-epochs', str(done + 1), '--only', 'ring'])
+    monkeypatch.setattr(sys, 'argv', ['reproduce.py', *line, '--num-epochs', str(num_epochs)])
     reproduce.main()
-    log = (folder / 'ring-softmax.txt').read_text()
-    assert f'resuming from ring-softmax-{done:04d}.params' in log
-    assert [int(epoch) for epoch in re.findall(r'Epoch\[(\d+)\] Validation-accuracy', log)] == list(range(done + 1))
-    assert json.loads((folder / 'ring-softmax.json').read_text())['result'].keys() == {'accuracy', 'intra', 'inter', 'ratio', 's/epoch'}
-    assert [path.name for path in sorted(folder.glob('*.params'))] == [f'ring-softmax-{done + 1:04d}.params'] and not list(folder.glob('*.states'))
+    for name in names:
+        log = (folder / f'{name}.txt').read_text()
+        assert f'resuming from {name}-{done[name]:04d}.params' in log
+        assert [int(epoch) for epoch in re.findall(r'Epoch\[(\d+)\] Validation-accuracy', log)] == list(range(num_epochs))
+        assert json.loads((folder / f'{name}.json').read_text())['result'].keys() == {'accuracy', 'intra', 'inter', 'ratio', 's/epoch'}
+    assert {path.name for path in folder.glob('*.params')} == {f'{name}-{num_epochs:04d}.params' for name in names} and not list(folder.glob('*.states'))
 
 
 def test_means_and_spreads_over_the_seeds():
