@@ -4,8 +4,8 @@
     python tests/reproduce.py --only lambda ring --seeds 1             some parts
     python tests/reproduce.py --dataset mnist-5k --num-epochs 5        a trial on the embedded digits
 
-A run is ``python train.py`` with the options that stand in the table. As many go side by side as there are processors, with one thread each: for networks
-of this size that is faster than one run with all of them. Started again, it skips the runs that are finished and continues those that were interrupted.
+A run is ``python train.py`` with the options that stand in the table. As many go side by side as there are processors, which they share evenly: for networks
+of this size one thread each is faster than one run with all of them. Started again, it skips the runs that are finished and continues those that were interrupted.
 Of a finished run only the last parameters stay, and those of every epoch of the one that is animated.
 """
 
