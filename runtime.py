@@ -28,7 +28,8 @@ def leave(number, frame):
 # A script that is still being imported has nothing to lose: until run_script takes over, and when it is done, Ctrl-C and SIGTERM end it at once.
 # Other programs that import this keep their handlers.
 _script = getattr(sys.modules['__main__'], '__file__', None)
-if _script and Path(_script).resolve().parent == Path(__file__).resolve().parent:
+_here = Path(__file__).resolve().parent
+if _script and Path(_script).resolve().parent in (_here, _here / 'tests'):
     for _number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(_number) != signal.SIG_IGN:
             signal.signal(_number, leave)

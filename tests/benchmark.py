@@ -26,13 +26,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from runtime import ArgumentParser, Failure, available_cpus, mx, run_script  # noqa: E402  (first, for a Ctrl-C while all this is imported)
+
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import center_loss  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
-from runtime import ArgumentParser, Failure, available_cpus, mx, run_script  # noqa: E402
 from train_model import INITIALIZERS, Module, metrics  # noqa: E402
 
 ROUNDS = 7

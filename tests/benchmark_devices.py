@@ -14,15 +14,16 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from runtime import ArgumentParser, mx, run_script  # noqa: E402  (first, for a Ctrl-C while all this is imported)
+
+import numpy as np  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
 import train_model  # noqa: E402
-from runtime import ArgumentParser, mx  # noqa: E402
 
 LABELS = ['softmax_label', 'center_label']
 
@@ -128,8 +129,13 @@ def scaling(total_batch=96, rounds=2):
 
 PARTS = {'drift': drift, 'cost': cost, 'scaling': scaling}
 
-if __name__ == '__main__':
+
+def main():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS))
     for part in parser.parse_args().parts:
         PARTS[part]()
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from data import load_digits
+from runtime import run_script
 
 BATCH_SIZE = 128
 ALPHA, WEIGHT = 0.5, 0.01
@@ -61,4 +62,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    run_script(main)

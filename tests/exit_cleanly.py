@@ -20,9 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tqdm import tqdm  # noqa: E402
+from runtime import ArgumentParser, number, run_script  # noqa: E402  (first, for a Ctrl-C while all this is imported)
 
-from runtime import ArgumentParser, number  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 COMMAND = [sys.executable, str(ROOT / 'train.py'), '--dataset', 'mnist-5k', '--num-examples', '300', '--batch-size', '50', '--num-epochs', '1']
 SECONDS = 60  # after which a run hangs
@@ -90,4 +90,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    run_script(main)

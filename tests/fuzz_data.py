@@ -16,11 +16,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from runtime import ArgumentParser, number, run_script  # noqa: E402  (first, for a Ctrl-C while all this is imported)
+
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data import DataError, read_idx  # noqa: E402
-from runtime import ArgumentParser, number  # noqa: E402
 
 MEMORY = 50_000  # kB that all of it may add
 
@@ -92,4 +93,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    run_script(main)

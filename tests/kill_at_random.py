@@ -18,9 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from runtime import ArgumentParser, mx, number, run_script  # noqa: E402  (first, for a Ctrl-C while all this is imported)
+
 from tqdm import tqdm  # noqa: E402
 
-from runtime import ArgumentParser, mx, number  # noqa: E402
 from train_model import Checkpoints, DamagedCheckpoint  # noqa: E402
 
 EPOCHS = 3
@@ -96,4 +97,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    run_script(main)

@@ -16,14 +16,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from runtime import ROLE, ArgumentParser, mx, number, run_script  # noqa: E402  (first, for a Ctrl-C while all this is imported)
+
+import numpy as np  # noqa: E402
 
 import distributed  # noqa: E402
 import train  # noqa: E402
 import train_model  # noqa: E402
-from runtime import ROLE, ArgumentParser, mx, number, run_script  # noqa: E402
 
 
 class RandomFaces(mx.io.DataIter):

@@ -22,13 +22,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from runtime import THREADS_ARE_CHOSEN_HERE, ArgumentParser, Failure, InputError, available_cpus, number, run_script  # noqa: E402  (first, for a Ctrl-C while all this is imported)
+
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
 import vis  # noqa: E402
-from runtime import THREADS_ARE_CHOSEN_HERE, ArgumentParser, Failure, InputError, available_cpus, number, run_script  # noqa: E402
 from train_model import Checkpoints  # noqa: E402
 
 JOINT = '--center-loss-weight=1'  # where one lambda stands for center loss

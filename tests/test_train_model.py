@@ -561,7 +561,8 @@ def test_a_run_that_is_stopped_in_its_first_epoch_says_that_nothing_is_left():
     assert 'stopped: no epoch of center_loss was finished, there is nothing to continue from' in told.splitlines()[-1]
 
 
-@pytest.mark.parametrize('name', ['train.py', 'vis.py'])
+@pytest.mark.parametrize('name', ['train.py', 'vis.py', *(f'tests/{name}.py' for name in (
+    'benchmark', 'benchmark_devices', 'exit_cleanly', 'fuzz_data', 'kill_at_random', 'many_classes', 'reproduce'))])
 @pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_while_it_is_imported_it_ends_without_a_word(name, number, status):
     process = subprocess.Popen([sys.executable, ROOT / name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
