@@ -203,6 +203,9 @@ def parse_args(argv=None):
     training.add_argument('--clip-gradient', type=clipping, default=argparse.SUPPRESS, metavar='C',
                           help='cut every element of a gradient (of the mean over the batch) to [-C, C]: what keeps the first epochs stable where batches '
                                f'are few; 0: never {by_network("clip_gradient")}')
+    training.add_argument('--average-weights', type=number(float, minimum=0, maximum=1), default=0, metavar='F',
+                          help='validate and save the average of the weights over about the last F of all steps so far, such as 0.1, instead of those of the '
+                               'last step; training goes on as without it')
     training.add_argument('--kv-store', type=kvstore, choices=['local', 'device', 'dist_sync', 'dist_device_sync'], default='local',
                           help='how gradients are summed: over the devices of this process (local: on the CPU, device: on the GPUs), or over machines')
     training.add_argument('--num-workers', type=number(int, minimum=1), metavar='W',

@@ -7,7 +7,8 @@ A run leaves, for every epoch (counted from 1):
 
     PREFIX-symbol.json   the network
     PREFIX-0001.params   weights ('arg:NAME') and centers ('aux:NAME'), what ``mx.model.load_checkpoint`` reads
-    PREFIX-0001.states   what an exact continuation needs besides: momentum, the options, and the digest of the .params they belong to
+    PREFIX-0001.states   what an exact continuation needs besides: momentum, the options, and the digest of the .params they belong to; where weights
+                         are averaged, those of the last step as well
 
 A prefix holds one run. Each file is written beside its place and moved there when it is whole.
 """
@@ -55,7 +56,8 @@ def fit(args, network, data_loader, data_shape, devices=None):
     ----------
     args : argparse.Namespace
         The options of ``train.py``: ``gpus``, ``cpus``, ``batch_size``, ``lr``, ``lr_factor``, ``lr_factor_epoch``, ``warmup_epochs``, ``clip_gradient``,
-        ``initializer``, ``num_epochs``, ``kv_store``, ``model_prefix``, ``load_epoch``, ``save_model_prefix``, ``resume``, ``log_file``, ``log_dir``, ``seed``.
+        ``average_weights``, ``initializer``, ``num_epochs``, ``kv_store``, ``model_prefix``, ``load_epoch``, ``save_model_prefix``, ``resume``, ``log_file``,
+        ``log_dir``, ``seed``.
     network : mx.sym.Symbol
         A group of the outputs ``softmax_output`` (B, K) and ``center_loss_output`` (1,), with the labels ``softmax_label`` and
         ``center_label``, both (B,).
@@ -88,9 +90,10 @@ def fit(args, network, data_loader, data_shape, devices=None):
         mx.random.seed(args.seed)
         np.random.seed(args.seed)
         module = Module(network, label_names=['softmax_label', 'center_label'], context=devices)
+        average = Average(args.average_weights if kv.rank == 0 else 0, module)
         first_epoch, arg_params, aux_params = 0, None, None
         if kv.rank == 0:
-            first_epoch, arg_params, aux_params = starting_point(args, checkpoints, module, data_shape)
+            first_epoch, arg_params, aux_params = starting_point(args, checkpoints, module, average, data_shape)
         if kv.num_workers > 1:
             first_epoch = follow_rank_0(kv, checkpoints, module, first_epoch)
         train, val = data_loader(args.batch_size, data_shape, num_parts=kv.num_workers, part_index=kv.rank, first_epoch=first_epoch)
@@ -100,17 +103,18 @@ def fit(args, network, data_loader, data_shape, devices=None):
             check_agreement(kv, options)
         begin_log()
 
-        def finish_epoch(epoch, symbol, arg_params, aux_params):
+        def finish_epoch(epoch, symbol, *params_of_the_last_step):
             """Validation, then the checkpoint: an epoch that has a checkpoint has all its numbers in the log, and they are sound. One worker does it, the
             others wait."""
             if kv.rank == 0:
-                reported, difference = metrics(), WidestDifference()
-                module.for_batches_of(val).score(val, mx.metric.CompositeEvalMetric([*reported.metrics, difference]), batch_end_callback=stop_request)
-                for name, value in reported.get_name_value():
-                    logging.info('Epoch[%d] Validation-%s=%f', epoch, name, value)
-                momentum = module.momentum()
-                stop_unless_sound(f'epoch {epoch + 1}, batch {train.num_batches}', reported, difference, arg_params, aux_params, momentum)
-                checkpoints.save(epoch + 1, symbol, arg_params, aux_params, momentum, options)
+                with average.in_use() as last:
+                    reported, difference = metrics(), WidestDifference()
+                    module.for_batches_of(val).score(val, mx.metric.CompositeEvalMetric([*reported.metrics, difference]), batch_end_callback=stop_request)
+                    for name, value in reported.get_name_value():
+                        logging.info('Epoch[%d] Validation-%s=%f', epoch, name, value)
+                    params, momentum = module.get_params(), module.momentum()
+                    stop_unless_sound(f'epoch {epoch + 1}, batch {train.num_batches}', reported, difference, *params, momentum)
+                    checkpoints.save(epoch + 1, symbol, *params, momentum, last, options)
             if kv.num_workers > 1:
                 kv._barrier()
                 checkpoints.current = epoch + 1
@@ -129,7 +133,7 @@ def fit(args, network, data_loader, data_shape, devices=None):
                     allow_missing=True,
                     begin_epoch=first_epoch,
                     num_epoch=args.num_epochs,
-                    batch_end_callback=[watch, stop_request, mx.callback.Speedometer(args.batch_size, LOG_EVERY)],
+                    batch_end_callback=[average, watch, stop_request, mx.callback.Speedometer(args.batch_size, LOG_EVERY)],
                     epoch_end_callback=finish_epoch,
                 )
             except Failure as failure:
@@ -336,7 +340,7 @@ def optimizer_options(args, batches_per_epoch, first_epoch):
     }
 
 
-def starting_point(args, checkpoints, module, data_shape):
+def starting_point(args, checkpoints, module, average, data_shape):
     """Where the run begins: the number of finished epochs, and the weights and centers by name (None: what the initializer makes).
 
     ``args.resume`` continues the prefix from its newest whole checkpoint; ``args.load_epoch`` begins a new run with whatever fits of the
@@ -345,7 +349,7 @@ def starting_point(args, checkpoints, module, data_shape):
     if args.resume:
         for epoch in reversed(checkpoints.epochs()):
             try:
-                arg_params, aux_params, momentum, options = checkpoints.load(epoch)
+                arg_params, aux_params, momentum, last, options = checkpoints.load(epoch)
             except DamagedCheckpoint as damage:
                 logging.warning('%s; going back to the checkpoint before it', damage)
                 continue
@@ -357,8 +361,9 @@ def starting_point(args, checkpoints, module, data_shape):
             if epoch >= args.num_epochs:
                 logging.warning('%s has all of the %d epochs already: raise --num-epochs to go on', checkpoints.prefix, args.num_epochs)
             module.initial_momentum = momentum
+            average.arrays = tagged(arg_params, aux_params)
             checkpoints.current, checkpoints.trained_with = epoch, options
-            return epoch, arg_params, aux_params
+            return epoch, *(untagged(last) if last else (arg_params, aux_params))
         logging.info('no checkpoint of %s to resume from: starting at the beginning', checkpoints.prefix)
     existing = checkpoints.epochs()
     if existing:
@@ -514,6 +519,17 @@ class Module(mx.mod.Module):
             self._scoring.bind(batches.provide_data, batches.provide_label, for_training=True, shared_module=self)
         return self._scoring
 
+    def present_arrays(self):
+        """Weights ('arg:NAME') and centers ('aux:NAME') after the last step, on the first device: not copies, but what the next step changes."""
+        mx.nd.waitall()  # see get_params
+        group = self._exec_group
+        return tagged(*({name: copies[0] for name, copies in zip(names, arrays)}
+                        for names, arrays in ((self._param_names, group.param_arrays), (self._aux_names, group.aux_arrays))))
+
+    def num_updates(self):
+        """Steps since the beginning of the run."""
+        return self._optimizer.num_update
+
     def momentum(self):
         """Momentum of every parameter by name. All devices and workers hold the same."""
         return {self._optimizer.idx2name[index]: state for index, state in self._updater.states.items()}
@@ -533,6 +549,61 @@ class Updater(mx.optimizer.Updater):
             self.groups = [[i] for i in range(len(weight)) if i not in small] + [small] * bool(small)
         for group in self.groups:
             super().__call__(*([values[i] for i in group] for values in (index, grad, weight)))
+
+
+class Average:
+    """Weights and centers averaged over the steps of the run: what is validated and saved in place of those of the last step.
+
+    SGD at a constant rate does not come to rest, but wanders around the place where it would; the average of its steps is closer to that place than any of
+    them (Polyak and Juditsky, SIAM J. Control and Optimization 1992), and training goes on untouched. Step t = 1, 2, ... moves the average by
+    1 / (1 + share (t - 1)) of the way to where that step led, so that it reaches back over about the last ``share`` of all steps, however many there have
+    been (polynomial-decay averaging, Shamir and Zhang, ICML 2013). With a share of 1 it is the mean of all steps, with 0 there is none.
+
+    Parameters
+    ----------
+    share : float
+        From 0 to 1.
+    module : Module
+        Whose parameters are averaged.
+    """
+
+    def __init__(self, share, module):
+        self.share = share
+        self.module = module
+        self.arrays = {}  # by tagged name; of a run that is continued, what it begins with
+
+    def __call__(self, param):
+        """A batch-end callback."""
+        if self.share:
+            rate = 1 / (1 + self.share * (self.module.num_updates() - 1))
+            for name, present in self.module.present_arrays().items():
+                average = self.arrays.get(name, present)
+                if average is present or average.context != present.context:
+                    average = self.arrays[name] = average.copyto(present.context)
+                average += rate * (present - average)
+
+    @contextlib.contextmanager
+    def in_use(self):
+        """Within it the module has the averages. It gives the tagged arrays of the last step, which the module has again afterwards; none where nothing is
+        averaged.
+        """
+        if not self.share:
+            yield {}
+            return
+        last = {name: array.copy() for name, array in tagged(*self.module.get_params()).items()}
+        self.module.set_params(*untagged(self.arrays))
+        yield last
+        self.module.set_params(*untagged(last))
+
+
+def tagged(arg_params, aux_params):
+    """Weights and centers in one dict, as a .params file has them: 'arg:NAME' and 'aux:NAME'."""
+    return {**{f'arg:{name}': value for name, value in arg_params.items()}, **{f'aux:{name}': value for name, value in aux_params.items()}}
+
+
+def untagged(arrays):
+    """(arg_params, aux_params) of what :func:`tagged` returns, or of a .params file."""
+    return tuple({name[4:]: value for name, value in arrays.items() if name.startswith(kind)} for kind in ('arg:', 'aux:'))
 
 
 def summed(parts):
@@ -622,20 +693,21 @@ class Checkpoints:
         written = [epoch for epoch in self.epochs() if self.params(epoch).stat().st_mtime >= since]
         self.current = max(written, default=None)
 
-    def save(self, epoch, symbol, arg_params, aux_params, momentum, options):
+    def save(self, epoch, symbol, arg_params, aux_params, momentum, last, options):
         """Write a whole checkpoint, or leave everything as it was.
 
-        The .states name the digest of the .params they belong to, so that two files of different moments are never taken for a pair. The first
-        epoch begins a run: checkpoints that an earlier one left under the prefix go when the new one is ready to take their place.
+        ``last`` has the tagged arrays that training goes on from, where they are others. The .states name the digest of the .params they belong to, so
+        that two files of different moments are never taken for a pair. The first epoch begins a run: checkpoints that an earlier one left under the
+        prefix go when the new one is ready to take their place.
         """
         places = [self.symbol(), self.states(epoch), self.params(epoch)]
         beside = [self.beside(place) for place in places]
         new_symbol, new_states, new_params = beside
         try:
             new_symbol.write_text(symbol.tojson())
-            save_arrays(new_params, {**{f'arg:{name}': value for name, value in arg_params.items()},
-                                     **{f'aux:{name}': value for name, value in aux_params.items()}})
+            save_arrays(new_params, tagged(arg_params, aux_params))
             save_arrays(new_states, {**{f'momentum:{name}': value for name, value in momentum.items()},
+                                     **{f'last:{name}': value for name, value in last.items()},
                                      'options': bytes_to_array(json.dumps(options).encode()),
                                      'digest': bytes_to_array(digest(new_params))})
             if epoch == 1:
@@ -653,12 +725,12 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
     def load(self, epoch):
-        """The whole checkpoint: (arg_params, aux_params, momentum, options). Raises DamagedCheckpoint."""
+        """The whole checkpoint: (arg_params, aux_params, momentum, last, options), see :meth:`save`. Raises DamagedCheckpoint."""
         states = load_arrays(self.states(epoch))
         if 'digest' not in states or digest(self.params(epoch)) != states['digest'].asnumpy().tobytes():
             raise DamagedCheckpoint(f'{self.states(epoch)} does not belong to {self.params(epoch)}')
-        momentum = {key.split(':', 1)[1]: value for key, value in states.items() if key.startswith('momentum:')}
-        return (*self.load_params(epoch), momentum, json.loads(states['options'].asnumpy().tobytes()))
+        momentum, last = ({key.split(':', 1)[1]: value for key, value in states.items() if key.startswith(kind)} for kind in ('momentum:', 'last:'))
+        return (*self.load_params(epoch), momentum, last, json.loads(states['options'].asnumpy().tobytes()))
 
     def load_params(self, epoch):
         """The weights and centers by name: (arg_params, aux_params). Raises DamagedCheckpoint."""
@@ -666,8 +738,7 @@ class Checkpoints:
         if epoch not in self.epochs():
             there = ', '.join(map(str, self.epochs())) or 'none'
             raise DamagedCheckpoint(f'there is no {path}; epochs of {self.prefix} that have a checkpoint: {there}')
-        arrays = load_arrays(path)
-        return tuple({key[4:]: value for key, value in arrays.items() if key.startswith(kind)} for kind in ('arg:', 'aux:'))
+        return untagged(load_arrays(path))
 
 
 def is_running(pid):

@@ -25,14 +25,14 @@ from tqdm import tqdm  # noqa: E402
 from train_model import Checkpoints, DamagedCheckpoint  # noqa: E402
 
 EPOCHS = 3
-COMMAND = [sys.executable, str(ROOT / 'train.py'), '--dataset', 'mnist-5k', '--num-examples', '1000', '--batch-size', '50', '--num-epochs', str(EPOCHS)]
+COMMAND = [sys.executable, str(ROOT / 'train.py'), '--dataset', 'mnist-5k', '--num-examples', '1000', '--batch-size', '50', '--num-epochs', str(EPOCHS),
+           '--average-weights', '0.1']
 
 
 def arrays(folder):
-    """Every weight, center and momentum of the last epoch, as bytes by name."""
-    arg_params, aux_params, momentum, _ = Checkpoints(folder / 'center_loss').load(EPOCHS)
-    return {(kind, name): value.asnumpy().tobytes()
-            for kind, named in (('arg', arg_params), ('aux', aux_params), ('momentum', momentum)) for name, value in named.items()}
+    """Every average of a weight or center, every momentum, and every weight and center of the last step, after the last epoch, as bytes by name."""
+    *named_arrays, _ = Checkpoints(folder / 'center_loss').load(EPOCHS)
+    return [{name: value.asnumpy().tobytes() for name, value in named.items()} for named in named_arrays]
 
 
 def count_damaged(folder):

@@ -22,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runtime import THREADS_ARE_CHOSEN_HERE, ArgumentParser, Failure, InputError, available_cpus, number, run_script  # noqa: E402  (first, for a Ctrl-C while all this is imported)
+from runtime import (  # noqa: E402  (first, for a Ctrl-C while all this is imported)
+    THREADS_ARE_CHOSEN_HERE, ArgumentParser, Failure, InputError, available_cpus, number, run_script)
 
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402

@@ -89,10 +89,10 @@ def assert_close(measured, expected, **tolerance):
 
 
 def test_two_and_four_devices_learn_what_one_learns_to_rounding():
-    """The weights, the momentum and the centers: in every batch, Eq. 4 is that of the whole batch."""
+    """The weights and their average, the momentum and the centers: in every batch, Eq. 4 is that of the whole batch."""
     for devices, kind in ((1, 'local'), (2, 'local'), (4, 'device')):
         train_small('--num-epochs', 2, '--batch-size', 48, '--kv-store', kind, '--save-model-prefix', f'on{devices}',
-                    '--cpus', ','.join(map(str, range(devices))))
+                    '--average-weights', 0.1, '--cpus', ','.join(map(str, range(devices))))
     for devices in (2, 4):
         for file in ('params', 'states'):
             assert_close(arrays_of(f'on{devices}-0002.{file}'), arrays_of(f'on1-0002.{file}'), rtol=1e-4, atol=2e-6)
@@ -117,7 +117,7 @@ def test_the_centers_of_several_devices_are_the_same_after_every_step():
 
 
 def test_three_workers_and_two_servers_learn_what_one_process_learns():
-    with nodes([sys.executable, '-c', WORKER, '--num-epochs', 2, '--batch-size', 16], workers=3, servers=2) as processes:
+    with nodes([sys.executable, '-c', WORKER, '--num-epochs', 2, '--batch-size', 16, '--average-weights', 0.1], workers=3, servers=2) as processes:
         for name, process in processes.items():
             _, told = process.communicate(timeout=60)
             assert process.returncode == 0, (name, told)
@@ -127,7 +127,7 @@ def test_three_workers_and_two_servers_learn_what_one_process_learns():
         for name in first:
             np.testing.assert_array_equal(first[name], other[name], err_msg=name)
 
-    train_small('--num-epochs', 2, '--batch-size', 48, '--save-model-prefix', 'alone', '--log_file', 'alone.log')
+    train_small('--num-epochs', 2, '--batch-size', 48, '--average-weights', 0.1, '--save-model-prefix', 'alone', '--log_file', 'alone.log')
     for file in ('params', 'states'):
         assert_close(arrays_of(f'center_loss-0002.{file}'), arrays_of(f'alone-0002.{file}'), rtol=1e-4, atol=2e-6)
     logs = [path.read_text() for path in Path().glob('*.txt')]

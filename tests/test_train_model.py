@@ -90,12 +90,13 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(uninterrupted
     assert (arrays_of('other-0001.params')['arg:fc1_weight'] != arrays_of('run-0001.params')['arg:fc1_weight']).any()
 
 
+@pytest.mark.parametrize('averaged', [0, 0.3])
 @pytest.mark.parametrize('devices', [1, 2])
-def test_a_continued_run_equals_one_that_was_never_stopped(devices, tmp_path):
+def test_a_continued_run_equals_one_that_was_never_stopped(devices, averaged, tmp_path):
     contexts = [mx.cpu(i) for i in range(devices)]
     folder = tmp_path / 'uninterrupted'
     folder.mkdir()
-    line = ['--lr-factor-epoch', 1.5]  # the schedule goes on as well
+    line = ['--lr-factor-epoch', 1.5, '--average-weights', averaged]  # the schedule goes on as well
     train_small(*line, '--save-model-prefix', folder / 'run', '--log_dir', folder, devices=contexts)
     train_small(*line, '--save-model-prefix', 'run', '--num-epochs', 1, devices=contexts)
     train_small(*line, '--save-model-prefix', 'run', '--num-epochs', 2, '--resume', devices=contexts)
@@ -247,6 +248,53 @@ def test_every_parameter_small_or_large_moves_by_sgd_with_momentum_and_weight_de
         for name, value in module.get_params()[0].items():
             np.testing.assert_allclose(value.asnumpy(), expected[name], rtol=1e-4, atol=1e-7, err_msg=name)
     assert {value.size > train_model.SMALL for value in expected.values()} == {False, True}
+
+
+@pytest.mark.parametrize('share', [0.1, 1])
+def test_the_average_over_the_steps_is_what_is_validated_and_saved_and_training_goes_on_without_it(share, uninterrupted, monkeypatch):
+    steps, validated = [], []
+
+    class Recorded(train_model.Average):
+        def __call__(self, param):
+            super().__call__(param)
+            steps.append({name: array.asnumpy() for name, array in self.module.present_arrays().items()})
+
+        @contextlib.contextmanager
+        def in_use(self):
+            with super().in_use() as last:
+                validated.append({name: array.asnumpy() for name, array in self.module.present_arrays().items()})
+                yield last
+
+    monkeypatch.setattr(train_model, 'Average', Recorded)
+    train_small('--save-model-prefix', 'run', '--average-weights', share)
+    assert len(steps) == 3 * NUM_BATCHES
+    for epoch in (1, 2, 3):
+        params, states, alone = (arrays_of(path) for path in (f'run-{epoch:04d}.params', f'run-{epoch:04d}.states', uninterrupted / f'run-{epoch:04d}.params'))
+        weights = np.ones(epoch * NUM_BATCHES)  # of every step so far in the average
+        for t in range(1, len(weights)):
+            weights[t] = 1 / (1 + share * t)
+            weights[:t] *= 1 - weights[t]
+        assert np.allclose(weights, 1 / len(weights)) == (share == 1)
+        assert params.keys() == alone.keys()
+        for name, value in params.items():
+            average = np.tensordot(weights, [step[name] for step in steps[:len(weights)]], 1)
+            np.testing.assert_allclose(value, average, rtol=1e-4, atol=1e-5, err_msg=name)
+            np.testing.assert_array_equal(value, validated[epoch - 1][name], err_msg=name)
+            np.testing.assert_array_equal(states[f'last:{name}'], alone[name], err_msg=name)
+
+
+def test_of_a_run_that_was_averaged_training_goes_on_from_the_last_step(uninterrupted):
+    train_small('--save-model-prefix', 'run', '--num-epochs', 1, '--average-weights', 0.5)
+    train_small('--save-model-prefix', 'run', '--resume')
+    assert_equals(uninterrupted, epochs=(2, 3))
+
+
+def test_while_the_rate_is_high_the_average_is_more_accurate_than_the_last_step():
+    for name, share in ('last', 0), ('averaged', 0.1):
+        train_small('--save-model-prefix', name, '--log-file', f'{name}.txt', '--lr', 0.3, '--lr-factor', 1, '--num-examples', 4000, '--num-epochs', 10,
+                    '--average-weights', share)
+    last, averaged = (np.array(re.findall(r'Validation-accuracy=(\S+)', Path(f'{name}.txt').read_text()), float) for name in ('last', 'averaged'))
+    assert averaged[5:].mean() > last[5:].mean() + 0.01
 
 
 def test_a_gradient_is_clipped_to_what_is_asked(caplog):
