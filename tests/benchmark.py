@@ -34,7 +34,7 @@ from tqdm import tqdm  # noqa: E402
 import center_loss  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
-from train_model import INITIALIZERS, Module, metrics  # noqa: E402
+from train_model import INITIALIZERS, Average, Module, metrics  # noqa: E402
 
 ROUNDS = 7
 OPTIMIZER = {'learning_rate': 0.01, 'momentum': 0.9, 'wd': 5e-4}
@@ -185,6 +185,22 @@ def measure_throughput(table, args):
         table.add(1, f'training, joint objective over softmax only, batch {batch_size}', turns.ratio(1, 0), 'x', at_least=0.98)
         if batch_size == 128:
             table.add('', 'training, joint objective, batch 128', steps * batch_size / turns.median(), 'images/s')
+
+
+def measure_average(table, args):
+    """What --average-weights costs: a step that is followed by it, and the step alone."""
+    for batch_size, steps in ((32, 12), (128, 4)):
+        batches = endless(data.mnist_iterator(batch_size, dataset='mnist-5k')[0])
+        modules = [module_of(train.get_symbol(), batch_size) for _ in range(2)]
+        average = Average(0.1, modules[1])
+
+        def averaged(metric):
+            for batch in itertools.islice(batches, steps):
+                train_on(modules[1], [batch], metric)
+                average(None)
+
+        turns = Turns(lambda: train_on(modules[0], itertools.islice(batches, steps), metrics()), lambda: averaged(metrics()), rounds=100)
+        table.add('', f'training with --average-weights over training, batch {batch_size}', turns.ratio(0, 1), 'x')
 
 
 def operator_step(form, batch, dim, classes):
@@ -435,8 +451,8 @@ def measure_vis(table, args):
     table.add(8, f'vis.py, both splits, {images:,} images', seconds, 's', at_most=25)
 
 
-PARTS = {'throughput': measure_throughput, 'engine': measure_engine, 'operator': measure_operator, 'loop': measure_loop, 'torch': measure_torch,
-         'overhead': measure_overhead, 'flops': measure_flops, 'start-up': measure_start_up, 'vis': measure_vis}
+PARTS = {'throughput': measure_throughput, 'average': measure_average, 'engine': measure_engine, 'operator': measure_operator, 'loop': measure_loop,
+         'torch': measure_torch, 'overhead': measure_overhead, 'flops': measure_flops, 'start-up': measure_start_up, 'vis': measure_vis}
 
 
 def main():
