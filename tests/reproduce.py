@@ -39,6 +39,8 @@ RUNS = {
     'softmax': OBJECTIVES['softmax'],
     **{f'lambda-{weight}': f'--center-loss-weight={weight}' for weight in ('0.001', '0.01', '0.1', '1')},
     **{f'alpha-{alpha}': f'{JOINT} --alpha={alpha}' for alpha in ('0.01', '0.1', '1')},  # 0.5 is the default: lambda-1
+    # The rate stays high, and what is measured is the average over about the last tenth of all steps.
+    **{f'averaged-{name}': f'--average-weights=0.1 --lr-factor=1 {objective}' for name, objective in OBJECTIVES.items()},
     **{f'ring-{name}': f'--no-bias {objective}' for name, objective in OBJECTIVES.items()},
     # Each epoch is of thirteen times the work, so that there are fewer, of smaller batches; with so many of them to warm up in, a higher rate is stable.
     **{f'lenet++-{name}': f'--network=lenet++ --num-epochs=6 --lr=0.04 --embedding-lr-mult=0.25 --lr-factor-epoch=4 --batch-size=64 {objective}'
@@ -49,7 +51,7 @@ RUNS = {
 LAMBDAS = ['softmax', 'lambda-0.001', 'lambda-0.01', 'lambda-0.1', 'lambda-1']
 ALPHAS = ['alpha-0.01', 'alpha-0.1', 'lambda-1', 'alpha-1']
 ANIMATED = 'lambda-1'
-PARTS = {'objectives': ['softmax', 'lambda-1'], 'lambda': LAMBDAS, 'alpha': ALPHAS,
+PARTS = {'objectives': ['softmax', 'lambda-1'], 'lambda': LAMBDAS, 'alpha': ALPHAS, 'averaged': ['lambda-1', 'averaged-softmax', 'averaged-joint'],
          **{part: [name for name in RUNS if name.startswith(part)] for part in ('ring', 'lenet++', 'open-set')}}
 
 # (part, file, options of vis.py), of the first seed
@@ -59,6 +61,7 @@ PICTURES = [
     ('objectives', 'evolution.gif', ['--model-prefix', ANIMATED]),
     ('lambda', 'lambda.png', ['--grid', *LAMBDAS]),
     ('alpha', 'alpha.png', ['--grid', *ALPHAS]),
+    ('averaged', 'averaged.png', ['--curves', 'lambda-1.txt', 'averaged-joint.txt']),
     ('ring', 'ring.png', ['--compare', 'ring-softmax', '--model-prefix', 'ring-joint']),
     ('lenet++', 'lenet++.png', ['--compare', 'lenet++-softmax', '--model-prefix', 'lenet++-joint']),
     *[('open-set', f'open-set-{dim}.png', ['--compare', f'open-set-{dim}-0', '--model-prefix', f'open-set-{dim}-1']) for dim in (2, 32)],
