@@ -107,13 +107,15 @@ def fit(args, network, data_loader, data_shape, devices=None):
             """Validation, then the checkpoint: an epoch that has a checkpoint has all its numbers in the log, and they are sound. One worker does it, the
             others wait."""
             if kv.rank == 0:
+                where, momentum = f'epoch {epoch + 1}, batch {train.num_batches}', module.momentum()
+                if average.share:  # a collapse shows in the last step at once, and in the average late
+                    stop_unless_sound(where, *validate(module, val, stop_request), *params_of_the_last_step)
                 with average.in_use() as last:
-                    reported, difference = metrics(), WidestDifference()
-                    module.for_batches_of(val).score(val, mx.metric.CompositeEvalMetric([*reported.metrics, difference]), batch_end_callback=stop_request)
+                    reported, difference = validate(module, val, stop_request)
                     for name, value in reported.get_name_value():
                         logging.info('Epoch[%d] Validation-%s=%f', epoch, name, value)
-                    params, momentum = module.get_params(), module.momentum()
-                    stop_unless_sound(f'epoch {epoch + 1}, batch {train.num_batches}', reported, difference, *params, momentum)
+                    params = module.get_params()
+                    stop_unless_sound(where, reported, difference, *params, momentum)
                     checkpoints.save(epoch + 1, symbol, *params, momentum, last, options)
             if kv.num_workers > 1:
                 kv._barrier()
@@ -240,6 +242,13 @@ class WidestDifference(mx.metric.EvalMetric):
         low = np.min([array.asnumpy() for array in self.lowest], axis=0)
         high = np.max([array.asnumpy() for array in self.highest], axis=0)
         return self.name, float(np.max(high - low)) * low.size
+
+
+def validate(module, val, stop_request):
+    """The metrics and the widest difference over the validation images, with the parameters that the module has."""
+    reported, difference = metrics(), WidestDifference()
+    module.for_batches_of(val).score(val, mx.metric.CompositeEvalMetric([*reported.metrics, difference]), batch_end_callback=stop_request)
+    return reported, difference
 
 
 def stop_unless_sound(where, reported, difference, *parameters):

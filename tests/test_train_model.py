@@ -388,21 +388,24 @@ def test_a_divergence_is_told_of_its_first_batch_whenever_it_is_seen(values, spo
     assert batch - spoiled < train_model.MOST_STEPS
 
 
-@pytest.mark.parametrize('wrong', [np.nan, np.inf])
-def test_weights_that_the_last_batch_of_an_epoch_spoiled_are_not_saved(wrong, monkeypatch):
-    """No metric of that epoch shows them any more, and in a max pooling NaN is no number that could be seen in the output."""
-    train_small('--save-model-prefix', 'run', '--num-epochs', 1)
+@pytest.mark.parametrize('averaged', [0, 0.1])
+@pytest.mark.parametrize('name, place, wrong', [('fc1_weight', (3, 5), np.nan), ('fc1_weight', (3, 5), np.inf), ('embedding_weight', slice(None), 0)])
+def test_weights_that_the_last_batch_of_an_epoch_spoiled_are_not_saved(name, place, wrong, averaged, monkeypatch):
+    """No metric of that epoch shows them any more, in a max pooling NaN is no number that could be seen in the output, and in an average there is nearly
+    nothing of the last step.
+    """
+    train_small('--save-model-prefix', 'run', '--num-epochs', 1, '--average-weights', averaged)
     original = train_model.Module.update
 
     def update(self):
         original(self)
         if self._optimizer.num_update == 2 * NUM_BATCHES:
             arg_params, _ = self.get_params()
-            arg_params['fc1_weight'][3, 5] = wrong
+            arg_params[name][place] = wrong
             self.set_params(*self.get_params())
     monkeypatch.setattr(train_model.Module, 'update', update)
-    with pytest.raises(Diverged, match=r'fc1_weight is not finite|Validation-\w+ is nan') as divergence:
-        train_small('--save-model-prefix', 'run', '--resume')
+    with pytest.raises(Diverged, match=r'fc1_weight is not finite|Validation-\w+ is nan|all classes are on one point') as divergence:
+        train_small('--save-model-prefix', 'run', '--resume', '--average-weights', averaged)
     assert re.search(r'in epoch 2, batch 20; .* the last whole checkpoint is run-0001.params', str(divergence.value))
     assert Checkpoints('run').epochs() == [1]
 
