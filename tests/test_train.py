@@ -408,6 +408,8 @@ def test_some_digits_only_in_lenet_plus_plus_with_a_wide_embedding(tmp_path):
     (['--clip-gradient=1e-320'], '--clip-gradient: 1e-320 is out of range'),
     (['--clip-gradient=x'], "--clip-gradient: 'x' is not a finite number"),
     (['--clip-gradient=-0.1'], '--clip-gradient: -0.1 is out of range'),
+    (['--average-weights=1.5'], '--average-weights: 1.5 is out of range: it has to be at most 1'),
+    (['--average-weights=-0.1'], '--average-weights: -0.1 is out of range: it has to be at least 0'),
     (['--seed=-1'], '--seed: -1 is out of range'),
     (['--seed=99999999999'], '--seed: 99999999999 is out of range'),
     (['--seed=x'], "--seed: 'x' is not a whole number"),
