@@ -589,7 +589,8 @@ class Average:
                 average = self.arrays.get(name, present)
                 if average is present or average.context != present.context:
                     average = self.arrays[name] = average.copyto(present.context)
-                average += rate * (present - average)
+                # (1 - rate) average + rate present in one pass over the memory: what SGD does to a weight that decays
+                mx.nd.sgd_update(average, present, lr=rate, wd=1, rescale_grad=-1, out=average)
 
     @contextlib.contextmanager
     def in_use(self):
