@@ -21,10 +21,19 @@ import numpy as np
 
 from runtime import SYNCHRONOUS, memory_of, mx
 
-__all__ = ['Accuracy', 'CenterLoss', 'CenterLossMetric', 'CenterLossProp', 'read_centers', 'write_centers']
+__all__ = [
+    'Accuracy',
+    'CenterLoss',
+    'CenterLossMetric',
+    'CenterLossProp',
+    'read_centers',
+    'write_centers',
+]
 
-FEW = 2 ** 15  # multiplications, see CenterLoss
-MOST_QUEUED = 32  # batches that a metric has yet to count: as many may lie in memory, waiting for the device
+FEW = 2**15  # multiplications, see CenterLoss
+MOST_QUEUED = (
+    32  # batches that a metric has yet to count: as many may lie in memory, waiting for the device
+)
 
 # Of a training that diverges: the metric shows it. np.errstate around each callback would take as long as the arithmetic of a small batch.
 warnings.filterwarnings('ignore', category=RuntimeWarning, module=__name__)
@@ -64,7 +73,11 @@ class CenterLoss(mx.operator.CustomOp):
         self.factor = scale / shape[0] if normalization == 'batch' else scale
         self.shape = tuple(shape)
         self.on_cpu = on_cpu
-        self.one_hot = np.eye(num_class, dtype=np.float32) if num_class * max(num_class, shape[0]) * shape[1] <= FEW else None  # (K, K)
+        self.one_hot = (
+            np.eye(num_class, dtype=np.float32)
+            if num_class * max(num_class, shape[0]) * shape[1] <= FEW
+            else None
+        )  # (K, K)
         self.of_forward = None  # what a forward in training leaves to its backward
 
     def forward(self, is_train, req, in_data, out_data, aux):
@@ -73,12 +86,20 @@ class CenterLoss(mx.operator.CustomOp):
         if self.on_cpu:
             found = difference, _, _ = self._in_memory(data, label, aux[0])
             self.of_forward = found if is_train else None
-            total = np.vdot(difference, difference) if self.one_hot is not None else np.add.reduce(np.square(difference), axis=None)
+            total = (
+                np.vdot(difference, difference)
+                if self.one_hot is not None
+                else np.add.reduce(np.square(difference), axis=None)
+            )
             _write(memory_of(out_data[0], (1,)), req[0], total / (2 * self.shape[0]))
         else:
             self._check(label.asnumpy())
             difference = data - mx.nd.take(aux[0], label)
-            self.assign(out_data[0], req[0], mx.nd.sum(difference * difference).reshape((1,)) / (2 * self.shape[0]))
+            self.assign(
+                out_data[0],
+                req[0],
+                mx.nd.sum(difference * difference).reshape((1,)) / (2 * self.shape[0]),
+            )
 
     def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
         """Write the gradient of the embeddings, shape (B, d), from the present centers; then move the centers."""
@@ -103,7 +124,10 @@ class CenterLoss(mx.operator.CustomOp):
         label = memory_of(label, self.shape[:1])
         classes = label.astype(np.int64)
         # Comparing bytes takes a fraction of comparing numbers; among unsigned numbers the negative ones are the largest.
-        if classes.astype(np.float32).tobytes() != label.tobytes() or np.maximum.reduce(classes.view(np.uint64)) >= self.num_class:
+        if (
+            classes.astype(np.float32).tobytes() != label.tobytes()
+            or np.maximum.reduce(classes.view(np.uint64)) >= self.num_class
+        ):
             self._check(label)
         centers = memory_of(centers, (self.num_class, self.shape[1]))
         return memory_of(data, self.shape) - centers.take(classes, axis=0), classes, centers
@@ -118,7 +142,9 @@ class CenterLoss(mx.operator.CustomOp):
         """Eq. 4 on the centers that occur in the batch: sorted by class, the samples of one class are a run that one sum covers."""
         order = classes.argsort(kind='stable')
         classes = classes[order]
-        begins = np.ones(len(classes) + 1, bool)  # where the run of a class begins, and the end of the last
+        begins = np.ones(
+            len(classes) + 1, bool
+        )  # where the run of a class begins, and the end of the last
         np.not_equal(classes[1:], classes[:-1], out=begins[1:-1])
         bounds = begins.nonzero()[0]
         first, count = bounds[:-1], bounds[1:] - bounds[:-1]
@@ -135,7 +161,9 @@ class CenterLoss(mx.operator.CustomOp):
         is the step of the center of sample i. It is the same for every sample of that class, so that a scatter that sets is well defined.
         """
         same = mx.nd.broadcast_equal(label.reshape((-1, 1)), label.reshape((1, -1)))
-        step = mx.nd.broadcast_div(mx.nd.dot(same, difference), 1 + mx.nd.sum(same, axis=1, keepdims=True))
+        step = mx.nd.broadcast_div(
+            mx.nd.dot(same, difference), 1 + mx.nd.sum(same, axis=1, keepdims=True)
+        )
         centers[label] = mx.nd.take(centers, label) + self.alpha * step
 
     def _check(self, label):
@@ -143,8 +171,10 @@ class CenterLoss(mx.operator.CustomOp):
         wrong = (label != np.trunc(label)) | ~(label >= 0) | (label >= self.num_class)
         if wrong.any():
             position = int(wrong.argmax())
-            raise ValueError(f'centerloss: label {label[position]:g} at position {position} of the batch is not a whole number '
-                             f'from 0 to {self.num_class - 1} (num_class={self.num_class})')
+            raise ValueError(
+                f'centerloss: label {label[position]:g} at position {position} of the batch is not a whole number '
+                f'from 0 to {self.num_class - 1} (num_class={self.num_class})'
+            )
 
 
 def _write(target, req, value):
@@ -169,7 +199,9 @@ def write_centers(centers, classes, values):
     """Put ``values`` (n, d) in the place of what :func:`read_centers` reads."""
     mx.nd.waitall()
     if centers.context.device_type == 'gpu':
-        centers[mx.nd.array(classes, ctx=centers.context)] = mx.nd.array(values, ctx=centers.context)
+        centers[mx.nd.array(classes, ctx=centers.context)] = mx.nd.array(
+            values, ctx=centers.context
+        )
     else:  # a hundredth of the time, with MXNet's threads waiting actively
         memory_of(centers)[classes.astype(np.int64)] = values
 
@@ -209,8 +241,12 @@ class CenterLossProp(mx.operator.CustomOpProp):
         super().__init__(need_top_grad=False)
         # MXNet crashes when a constructor raises. A parameter that does not fit is told by infer_shape, which may.
         self.problem = None
-        self.num_class = self._number('num_class', num_class, int, 'a whole number of at least 1', lambda value: value >= 1)
-        self.alpha = self._number('alpha', alpha, float, 'a number from 0 to 1', lambda value: 0 <= value <= 1)
+        self.num_class = self._number(
+            'num_class', num_class, int, 'a whole number of at least 1', lambda value: value >= 1
+        )
+        self.alpha = self._number(
+            'alpha', alpha, float, 'a number from 0 to 1', lambda value: 0 <= value <= 1
+        )
         self.scale = self._number('scale', scale, float, 'a finite number', np.isfinite)
         self.normalization = normalization
         if normalization not in ('batch', 'null'):
@@ -244,17 +280,28 @@ class CenterLossProp(mx.operator.CustomOpProp):
         if len(data) != 2:
             raise ValueError(f'centerloss: data of shape {tuple(data)} is not (batch, dimension)')
         if label and label != data[:1]:  # an empty shape is one that is still to be inferred
-            raise ValueError(f'centerloss: label of shape {tuple(label)} does not belong to data of shape {tuple(data)}: '
-                             f'it has to be ({data[0]},)')
+            raise ValueError(
+                f'centerloss: label of shape {tuple(label)} does not belong to data of shape {tuple(data)}: '
+                f'it has to be ({data[0]},)'
+            )
         return [data, data[:1]], [[1]], [[self.num_class, data[1]]]
 
     def infer_type(self, in_type):
         if any(given != np.float32 for given in in_type):
-            raise ValueError(f'centerloss: inputs of type {[np.dtype(given).name for given in in_type]} are not float32')
+            raise ValueError(
+                f'centerloss: inputs of type {[np.dtype(given).name for given in in_type]} are not float32'
+            )
         return in_type, [np.float32], [np.float32]
 
     def create_operator(self, ctx, in_shapes, in_dtypes):
-        return CenterLoss(self.num_class, self.alpha, self.scale, self.normalization, in_shapes[0], on_cpu=ctx.device_type != 'gpu')
+        return CenterLoss(
+            self.num_class,
+            self.alpha,
+            self.scale,
+            self.normalization,
+            in_shapes[0],
+            on_cpu=ctx.device_type != 'gpu',
+        )
 
 
 @atexit.register
@@ -262,7 +309,9 @@ def come_to_rest():
     """Let the steps that are under way come to their end before MXNet's own exit handler runs: it stops the threads that call back into Python first,
     and would then wait for ever for a backward pass that still needs them.
     """
-    with contextlib.suppress(mx.MXNetError):  # of a step that failed: whoever asked for its result was told
+    with contextlib.suppress(
+        mx.MXNetError
+    ):  # of a step that failed: whoever asked for its result was told
         mx.nd.waitall()
 
 
@@ -279,7 +328,12 @@ class _MeanOverImages(mx.metric.EvalMetric):
     """
 
     def __init__(self, name, output_names, label_names):
-        super().__init__(name, output_names=list(output_names), label_names=list(label_names), has_global_stats=True)
+        super().__init__(
+            name,
+            output_names=list(output_names),
+            label_names=list(label_names),
+            has_global_stats=True,
+        )
 
     def reset(self):
         self._queued = []
@@ -312,7 +366,10 @@ class _MeanOverImages(mx.metric.EvalMetric):
             self.num_inst += images
             self.global_num_inst += images
             if self.not_finite is None and not np.isfinite(total):
-                self.not_finite = self.global_num_inst, self.global_sum_metric / self.global_num_inst
+                self.not_finite = (
+                    self.global_num_inst,
+                    self.global_sum_metric / self.global_num_inst,
+                )
 
 
 class Accuracy(_MeanOverImages):
@@ -321,11 +378,15 @@ class Accuracy(_MeanOverImages):
     It takes the output ``softmax_output`` (B, K) and the label ``softmax_label`` (B,).
     """
 
-    def __init__(self, name='accuracy', output_names=('softmax_output',), label_names=('softmax_label',)):
+    def __init__(
+        self, name='accuracy', output_names=('softmax_output',), label_names=('softmax_label',)
+    ):
         super().__init__(name, output_names, label_names)
 
     def _queue(self, labels, preds):
-        predicted = preds[0].asnumpy().argmax(axis=1) if SYNCHRONOUS else mx.nd.argmax(preds[0], axis=1)
+        predicted = (
+            preds[0].asnumpy().argmax(axis=1) if SYNCHRONOUS else mx.nd.argmax(preds[0], axis=1)
+        )
         return predicted, labels[0].asnumpy()
 
     def _count(self, predicted, label):
@@ -339,7 +400,12 @@ class CenterLossMetric(_MeanOverImages):
     ``center_label`` (B,). Each number is the mean of its device's share of the batch and weighs as much as that share.
     """
 
-    def __init__(self, name='center_loss', output_names=('center_loss_output',), label_names=('center_label',)):
+    def __init__(
+        self,
+        name='center_loss',
+        output_names=('center_loss_output',),
+        label_names=('center_label',),
+    ):
         super().__init__(name, output_names, label_names)
 
     def _queue(self, labels, preds):

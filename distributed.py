@@ -20,7 +20,15 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime import ROLE, THREADS_ARE_CHOSEN_HERE, Failure, InputError, Terminated, available_cpus, mx
+from runtime import (
+    ROLE,
+    THREADS_ARE_CHOSEN_HERE,
+    Failure,
+    InputError,
+    Terminated,
+    available_cpus,
+    mx,
+)
 
 # Seconds after which a node of a distributed run that is not heard of is given up, and seconds from the start of its first node to that of its last.
 NODE_TIMEOUT = max(2, int(os.environ.setdefault('PS_HEARTBEAT_TIMEOUT', '20')))
@@ -48,16 +56,30 @@ def connected(kind, checkpoints):
             mx.base.check_call(mx.base._LIB.MXKVStoreSetBarrierBeforeExit(kv.handle, 0))
             raise
         finally:
-            watch.leave_after(2 * NODE_TIMEOUT, 'the other nodes have not come to the end of the run')
+            watch.leave_after(
+                2 * NODE_TIMEOUT, 'the other nodes have not come to the end of the run'
+            )
             mx.base.check_call(mx.base._LIB.MXKVStoreFree(kv.handle))
             kv.handle = mx.base.KVStoreHandle()  # null: nothing is left for its destructor
 
 
 def check_environment(kind):
     """Raise InputError where MXNet would not find the nodes of a distributed run."""
-    missing = [name for name in ('DMLC_ROLE', 'DMLC_PS_ROOT_URI', 'DMLC_PS_ROOT_PORT', 'DMLC_NUM_WORKER', 'DMLC_NUM_SERVER') if name not in os.environ]
+    missing = [
+        name
+        for name in (
+            'DMLC_ROLE',
+            'DMLC_PS_ROOT_URI',
+            'DMLC_PS_ROOT_PORT',
+            'DMLC_NUM_WORKER',
+            'DMLC_NUM_SERVER',
+        )
+        if name not in os.environ
+    ]
     if missing:
-        raise InputError(f'--kv-store={kind} needs {", ".join(missing)} in the environment; --num-workers=2 starts two workers on this machine without')
+        raise InputError(
+            f'--kv-store={kind} needs {", ".join(missing)} in the environment; --num-workers=2 starts two workers on this machine without'
+        )
 
 
 def serve():
@@ -73,7 +95,10 @@ def signals_that_end():
     """Within it, Ctrl-C and SIGTERM end the process at once: it waits within MXNet, where Python's own handlers do not get their turn."""
     handlers = {}
     if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {
+            number: signal.signal(number, signal.SIG_DFL)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
     try:
         yield
     finally:
@@ -115,20 +140,44 @@ class Watch:
             if self.launcher and self.launcher != str(os.getppid()):
                 self.leave('the process that started this one is gone')
             # With a negative timeout every node is dead, once the connection is made.
-            if connected_at == math.inf and self.kv is not None and self.count_dead(self.ALL, -NODE_TIMEOUT) > 0:
+            if (
+                connected_at == math.inf
+                and self.kv is not None
+                and self.count_dead(self.ALL, -NODE_TIMEOUT) > 0
+            ):
                 connected_at = time.monotonic()
-            if time.monotonic() - connected_at > NODE_TIMEOUT:  # before, nobody can have been silent for so long, whatever ps-lite says as it starts
-                for group, kind in ((self.SCHEDULER, 'the scheduler'), (self.SERVERS, 'a server'), (self.WORKERS, 'a worker')):
+            if (
+                time.monotonic() - connected_at > NODE_TIMEOUT
+            ):  # before, nobody can have been silent for so long, whatever ps-lite says as it starts
+                for group, kind in (
+                    (self.SCHEDULER, 'the scheduler'),
+                    (self.SERVERS, 'a server'),
+                    (self.WORKERS, 'a worker'),
+                ):
                     if self.count_dead(group, NODE_TIMEOUT):
-                        hint = '' if ROLE == 'scheduler' else '; it leaves when a worker or a server is lost'
-                        self.leave(f'{kind} of the run has not been heard of for {NODE_TIMEOUT} s: killed, failed or cut off{hint}')
+                        hint = (
+                            ''
+                            if ROLE == 'scheduler'
+                            else '; it leaves when a worker or a server is lost'
+                        )
+                        self.leave(
+                            f'{kind} of the run has not been heard of for {NODE_TIMEOUT} s: killed, failed or cut off{hint}'
+                        )
             if connected_at == math.inf and time.monotonic() - begin > START_TIMEOUT:
-                self.leave('no connection to the scheduler at {DMLC_PS_ROOT_URI}:{DMLC_PS_ROOT_PORT} with all of the {DMLC_NUM_WORKER} workers and '
-                           '{DMLC_NUM_SERVER} servers within {seconds} s'.format(**os.environ, seconds=START_TIMEOUT))
+                self.leave(
+                    'no connection to the scheduler at {DMLC_PS_ROOT_URI}:{DMLC_PS_ROOT_PORT} with all of the {DMLC_NUM_WORKER} workers and '
+                    '{DMLC_NUM_SERVER} servers within {seconds} s'.format(
+                        **os.environ, seconds=START_TIMEOUT
+                    )
+                )
 
     def count_dead(self, group, timeout):
         number = ctypes.c_int()
-        mx.base.check_call(mx.base._LIB.MXKVStoreGetNumDeadNode(self.kv.handle, group, ctypes.byref(number), timeout))
+        mx.base.check_call(
+            mx.base._LIB.MXKVStoreGetNumDeadNode(
+                self.kv.handle, group, ctypes.byref(number), timeout
+            )
+        )
         return number.value
 
     def leave_after(self, seconds, what):
@@ -161,10 +210,21 @@ def check_agreement(kv, options):
     """Raise InputError where this worker was started with other options than worker 0: one would wait for the other, or learn something else."""
     options = {name: value for name, value in options.items() if name not in ('gpus', 'cpus')}
     text = json.dumps(options).encode().ljust(4096)
-    theirs = json.loads(of_rank_0(kv, 'options', mx.nd.array(np.frombuffer(text, np.uint8))).asnumpy().astype(np.uint8).tobytes())
-    different = [f'{name}: {options.get(name)} here, {theirs.get(name)} there' for name in options if options[name] != theirs.get(name)]
+    theirs = json.loads(
+        of_rank_0(kv, 'options', mx.nd.array(np.frombuffer(text, np.uint8)))
+        .asnumpy()
+        .astype(np.uint8)
+        .tobytes()
+    )
+    different = [
+        f'{name}: {options.get(name)} here, {theirs.get(name)} there'
+        for name in options
+        if options[name] != theirs.get(name)
+    ]
     if different:
-        raise InputError(f'worker {kv.rank} was started with other options than worker 0 ({"; ".join(different)}): give all the same')
+        raise InputError(
+            f'worker {kv.rank} was started with other options than worker 0 ({"; ".join(different)}): give all the same'
+        )
 
 
 def run_workers(num_workers, checkpoints, resume):
@@ -179,17 +239,34 @@ def run_workers(num_workers, checkpoints, resume):
     right_to_tell, end = os.pipe()
     os.write(end, b'.')
     os.set_blocking(right_to_tell, False)
-    environment = {**os.environ, 'DMLC_PS_ROOT_URI': '127.0.0.1', 'DMLC_PS_ROOT_PORT': str(port), 'DMLC_NODE_HOST': '127.0.0.1', 'DMLC_INTERFACE': 'lo',
-                   'DMLC_NUM_WORKER': str(num_workers), 'DMLC_NUM_SERVER': '1', 'LAUNCHER_PID': str(os.getpid()), 'RIGHT_TO_TELL': str(right_to_tell)}
+    environment = {
+        **os.environ,
+        'DMLC_PS_ROOT_URI': '127.0.0.1',
+        'DMLC_PS_ROOT_PORT': str(port),
+        'DMLC_NODE_HOST': '127.0.0.1',
+        'DMLC_INTERFACE': 'lo',
+        'DMLC_NUM_WORKER': str(num_workers),
+        'DMLC_NUM_SERVER': '1',
+        'LAUNCHER_PID': str(os.getpid()),
+        'RIGHT_TO_TELL': str(right_to_tell),
+    }
     if THREADS_ARE_CHOSEN_HERE:
-        environment.update(OMP_NUM_THREADS=str(max(1, available_cpus() // num_workers)), OMP_WAIT_POLICY='passive', GOMP_SPINCOUNT='0')
+        environment.update(
+            OMP_NUM_THREADS=str(max(1, available_cpus() // num_workers)),
+            OMP_WAIT_POLICY='passive',
+            GOMP_SPINCOUNT='0',
+        )
     begin = time.time()
     processes = {}
     try:
         for name in ('scheduler', 'server', *(f'worker {number}' for number in range(num_workers))):
             # In a session of its own: Ctrl-C reaches this process alone, which passes it on.
-            processes[name] = subprocess.Popen([sys.executable, *sys.argv], env={**environment, 'DMLC_ROLE': name.split()[0]}, start_new_session=True,
-                                               pass_fds=[right_to_tell])
+            processes[name] = subprocess.Popen(
+                [sys.executable, *sys.argv],
+                env={**environment, 'DMLC_ROLE': name.split()[0]},
+                start_new_session=True,
+                pass_fds=[right_to_tell],
+            )
         while any(process.poll() is None for process in processes.values()):
             for name, process in processes.items():
                 if process.poll():
@@ -203,7 +280,9 @@ def run_workers(num_workers, checkpoints, resume):
         deadline = time.monotonic() + NODE_TIMEOUT
         while all(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
             time.sleep(0.05)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a worker may be waiting for one that has stopped already
+        with contextlib.suppress(
+            subprocess.TimeoutExpired
+        ):  # a worker may be waiting for one that has stopped already
             for worker in workers:
                 worker.wait(1)
         raise
@@ -217,7 +296,9 @@ def raise_failure_of(name, status, checkpoints):
     """End a run of several processes of which one has ended with a status that is not 0."""
     if status > 0:
         sys.exit(status)
-    raise Failure(f'the {name} was killed ({signal.Signals(-status).name}), the others are stopped; {checkpoints.how_to_continue()}')
+    raise Failure(
+        f'the {name} was killed ({signal.Signals(-status).name}), the others are stopped; {checkpoints.how_to_continue()}'
+    )
 
 
 @contextlib.contextmanager
@@ -227,7 +308,9 @@ def told_once():
         yield
     except Failure as failure:
         try:
-            first = 'RIGHT_TO_TELL' not in os.environ or os.read(int(os.environ['RIGHT_TO_TELL']), 1)
+            first = 'RIGHT_TO_TELL' not in os.environ or os.read(
+                int(os.environ['RIGHT_TO_TELL']), 1
+            )
         except BlockingIOError:
             first = False
         if not first:

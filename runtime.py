@@ -81,13 +81,19 @@ os.environ['MXNET_UPDATE_ON_KVSTORE'] = '0'
 # Whether every operation is executed by the thread that asks for it. MXNet's usual engine hands each to a thread of its own, and an operator in Python on
 # to yet another one, with a processor to be woken every time: a call of the center loss took three times as long. GPUs compute beside the processors, and
 # several processes wait for each other: both need the usual engine.
-_engine_is_chosen_here = 'MXNET_ENGINE_TYPE' not in os.environ and ROLE is None and not any(argument.startswith('--gpus') for argument in sys.argv)
+_engine_is_chosen_here = (
+    'MXNET_ENGINE_TYPE' not in os.environ
+    and ROLE is None
+    and not any(argument.startswith('--gpus') for argument in sys.argv)
+)
 if _engine_is_chosen_here:
     os.environ['MXNET_ENGINE_TYPE'] = 'NaiveEngine'
 SYNCHRONOUS = os.environ.get('MXNET_ENGINE_TYPE') == 'NaiveEngine'
 
 with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # of MXNet's own use of what Python and NumPy have deprecated since
+    warnings.simplefilter(
+        'ignore'
+    )  # of MXNet's own use of what Python and NumPy have deprecated since
     import mxnet as mx
 
 if ROLE is not None:
@@ -112,8 +118,20 @@ if _engine_is_chosen_here:
     start_engine()
     del os.environ['MXNET_ENGINE_TYPE']  # the processes that this one starts choose for themselves
 
-__all__ = ['ROLE', 'SYNCHRONOUS', 'THREADS_ARE_CHOSEN_HERE', 'ArgumentParser', 'Failure', 'InputError', 'Terminated', 'available_cpus', 'memory_of', 'mx',
-           'number', 'run_script']
+__all__ = [
+    'ROLE',
+    'SYNCHRONOUS',
+    'THREADS_ARE_CHOSEN_HERE',
+    'ArgumentParser',
+    'Failure',
+    'InputError',
+    'Terminated',
+    'available_cpus',
+    'memory_of',
+    'mx',
+    'number',
+    'run_script',
+]
 
 
 def memory_of(array, shape=None):
@@ -130,7 +148,9 @@ def memory_of(array, shape=None):
 
 @functools.lru_cache(maxsize=256)  # every step of a training asks for the same few places
 def _floats_at(address, shape):
-    return np.frombuffer((ctypes.c_float * math.prod(shape)).from_address(address), np.float32).reshape(shape)
+    return np.frombuffer(
+        (ctypes.c_float * math.prod(shape)).from_address(address), np.float32
+    ).reshape(shape)
 
 
 class Failure(Exception):
@@ -153,7 +173,9 @@ class ArgumentParser(argparse.ArgumentParser):
     """An ``argparse.ArgumentParser`` whose help shows every default and whose errors are one sentence on stderr and exit status 2."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
+        )
 
     def error(self, message):
         self.exit(2, f'{self.prog}: error: {message}\n')
@@ -161,6 +183,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def number(kind, minimum=-math.inf, maximum=math.inf, above=-math.inf):
     """An argparse ``type`` for a finite ``kind`` (int or float) with minimum <= value <= maximum and value > above."""
+
     def parse(text):
         try:
             value = kind(text)
@@ -169,23 +192,35 @@ def number(kind, minimum=-math.inf, maximum=math.inf, above=-math.inf):
         except (ValueError, OverflowError):
             noun = 'a whole number' if kind is int else 'a finite number'
             raise argparse.ArgumentTypeError(f'{text!r} is not {noun}') from None
-        for wrong, bound in ((value <= above, f'greater than {above}'), (value < minimum, f'at least {minimum}'),
-                             (value > maximum, f'at most {maximum}')):
+        for wrong, bound in (
+            (value <= above, f'greater than {above}'),
+            (value < minimum, f'at least {minimum}'),
+            (value > maximum, f'at most {maximum}'),
+        ):
             if wrong:
                 raise argparse.ArgumentTypeError(f'{text} is out of range: it has to be {bound}')
         return value
+
     return parse
 
 
 def run_script(main):
     """Run ``main()`` and leave: status 0, a :class:`Failure` told in one line on stderr with its status, or 130 and 143 for Ctrl-C and SIGTERM."""
+
     def interrupt(number, frame):
-        while frame is not None:  # where MXNet is calling back into Python, as it does to bind an operator, an exception does not come through
+        while (
+            frame is not None
+        ):  # where MXNet is calling back into Python, as it does to bind an operator, an exception does not come through
             if frame.f_code.co_filename == mx.operator.__file__:
                 leave(number, frame)
             frame = frame.f_back
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN}
+
+    before = {
+        number: signal.signal(number, interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         main()
         with contextlib.suppress(OSError):

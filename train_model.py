@@ -45,7 +45,16 @@ SMALL = 10_000  # elements of a parameter, see Updater
 AHEAD, MOST_STEPS = 0.4, 10  # seconds and steps, see Watch
 
 # What may differ between a run and its continuation without changing a single weight.
-NOT_OF_THE_RUN = {'data_dir', 'log_dir', 'log_file', 'load_epoch', 'model_prefix', 'num_epochs', 'resume', 'save_model_prefix'}
+NOT_OF_THE_RUN = {
+    'data_dir',
+    'log_dir',
+    'log_file',
+    'load_epoch',
+    'model_prefix',
+    'num_epochs',
+    'resume',
+    'save_model_prefix',
+}
 
 
 @told_once()
@@ -81,10 +90,16 @@ def fit(args, network, data_loader, data_shape, devices=None):
     """
     devices = devices or choose_devices(args.gpus, args.cpus)
     if args.batch_size % len(devices):
-        raise InputError(f'--batch-size={args.batch_size} cannot be shared equally by {len(devices)} devices: take a multiple of {len(devices)}')
+        raise InputError(
+            f'--batch-size={args.batch_size} cannot be shared equally by {len(devices)} devices: take a multiple of {len(devices)}'
+        )
     checkpoints = Checkpoints(args.save_model_prefix)
     log_path = Path(args.log_dir) / args.log_file
-    with connected(args.kv_store, checkpoints) as kv, logging_to(log_path, kv.rank) as begin_log, told_when_stopped(checkpoints):
+    with (
+        connected(args.kv_store, checkpoints) as kv,
+        logging_to(log_path, kv.rank) as begin_log,
+        told_when_stopped(checkpoints),
+    ):
         args.num_workers = kv.num_workers
         logging.info('start with arguments %s', args)
         mx.random.seed(args.seed)
@@ -93,10 +108,18 @@ def fit(args, network, data_loader, data_shape, devices=None):
         average = Average(args.average_weights if kv.rank == 0 else 0, module)
         first_epoch, arg_params, aux_params = 0, None, None
         if kv.rank == 0:
-            first_epoch, arg_params, aux_params = starting_point(args, checkpoints, module, average, data_shape)
+            first_epoch, arg_params, aux_params = starting_point(
+                args, checkpoints, module, average, data_shape
+            )
         if kv.num_workers > 1:
             first_epoch = follow_rank_0(kv, checkpoints, module, first_epoch)
-        train, val = data_loader(args.batch_size, data_shape, num_parts=kv.num_workers, part_index=kv.rank, first_epoch=first_epoch)
+        train, val = data_loader(
+            args.batch_size,
+            data_shape,
+            num_parts=kv.num_workers,
+            part_index=kv.rank,
+            first_epoch=first_epoch,
+        )
         options = options_of_the_run(args, train)
         say_what_differs(checkpoints, options)
         if kv.num_workers > 1:
@@ -108,8 +131,12 @@ def fit(args, network, data_loader, data_shape, devices=None):
             others wait."""
             if kv.rank == 0:
                 where, momentum = f'epoch {epoch + 1}, batch {train.num_batches}', module.momentum()
-                if average.share:  # a collapse shows in the last step at once, and in the average late
-                    stop_unless_sound(where, *validate(module, val, stop_request), *params_of_the_last_step)
+                if (
+                    average.share
+                ):  # a collapse shows in the last step at once, and in the average late
+                    stop_unless_sound(
+                        where, *validate(module, val, stop_request), *params_of_the_last_step
+                    )
                 with average.in_use() as last:
                     reported, difference = validate(module, val, stop_request)
                     for name, value in reported.get_name_value():
@@ -121,12 +148,17 @@ def fit(args, network, data_loader, data_shape, devices=None):
                 kv._barrier()
                 checkpoints.current = epoch + 1
 
-        with StopRequest() as stop_request, Watch(args.batch_size, train.num_batches, args.num_epochs, shown=kv.rank == 0) as watch:
+        with (
+            StopRequest() as stop_request,
+            Watch(args.batch_size, train.num_batches, args.num_epochs, shown=kv.rank == 0) as watch,
+        ):
             try:
                 module.fit(
                     train,
                     eval_metric=metrics(),
-                    kvstore=kv if len(devices) * kv.num_workers > 1 else None,  # one device has nothing to share
+                    kvstore=kv
+                    if len(devices) * kv.num_workers > 1
+                    else None,  # one device has nothing to share
                     optimizer='sgd',
                     optimizer_params=optimizer_options(args, train.num_batches, first_epoch),
                     initializer=INITIALIZERS[args.initializer],
@@ -135,7 +167,12 @@ def fit(args, network, data_loader, data_shape, devices=None):
                     allow_missing=True,
                     begin_epoch=first_epoch,
                     num_epoch=args.num_epochs,
-                    batch_end_callback=[average, watch, stop_request, mx.callback.Speedometer(args.batch_size, LOG_EVERY)],
+                    batch_end_callback=[
+                        average,
+                        watch,
+                        stop_request,
+                        mx.callback.Speedometer(args.batch_size, LOG_EVERY),
+                    ],
                     epoch_end_callback=finish_epoch,
                 )
             except Failure as failure:
@@ -165,9 +202,18 @@ INITIALIZERS = {
     # The last layer begins close to 0, so that where a class comes to lie is not decided by its random weights there, but by its images. With it, a
     # variance of 1 validated best. The embedding keeps the smaller one: as long as the last layer holds nothing apart, center loss draws all classes
     # together, with a curvature that grows with the embedding's weights.
-    'small-head': mx.init.Mixed(['fc2_weight', 'embedding_weight', '.*'], [mx.init.Normal(0.01), gaussian(0.25), gaussian(1)]),
+    'small-head': mx.init.Mixed(
+        ['fc2_weight', 'embedding_weight', '.*'],
+        [mx.init.Normal(0.01), gaussian(0.25), gaussian(1)],
+    ),
     # The recipe of the best-known MXNet version: an embedding that starts as nearly one point. It trains at small lambda only.
-    'mixed': mx.init.Mixed(['.*fc.*', '.*'], [mx.init.Normal(0.001), mx.init.Xavier(factor_type='out', rnd_type='gaussian', magnitude=2)]),
+    'mixed': mx.init.Mixed(
+        ['.*fc.*', '.*'],
+        [
+            mx.init.Normal(0.001),
+            mx.init.Xavier(factor_type='out', rnd_type='gaussian', magnitude=2),
+        ],
+    ),
 }
 
 
@@ -182,10 +228,14 @@ def choose_devices(gpus, cpus):
     Raises InputError where this build of MXNet has no CUDA or this machine no such GPU.
     """
     if gpus and not mx.runtime.Features().is_enabled('CUDA'):
-        raise InputError(f'--gpus={",".join(map(str, gpus))}: this MXNet is built for the CPU alone; install a CUDA build in its place '
-                         '(pip install mxnet-cu112, say), or leave --gpus out')
+        raise InputError(
+            f'--gpus={",".join(map(str, gpus))}: this MXNet is built for the CPU alone; install a CUDA build in its place '
+            '(pip install mxnet-cu112, say), or leave --gpus out'
+        )
     if gpus and max(gpus) >= mx.context.num_gpus():
-        raise InputError(f'--gpus={",".join(map(str, gpus))}: there is no GPU {max(gpus)}, MXNet sees {mx.context.num_gpus()} on this machine')
+        raise InputError(
+            f'--gpus={",".join(map(str, gpus))}: there is no GPU {max(gpus)}, MXNet sees {mx.context.num_gpus()} on this machine'
+        )
     return [mx.gpu(i) for i in gpus] or [mx.cpu(i) for i in cpus] or [mx.cpu()]
 
 
@@ -200,8 +250,11 @@ class StopRequest:
         self.requested = None
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)
-                             if signal.getsignal(number) != signal.SIG_IGN}
+            self.handlers = {
+                number: signal.signal(number, self.request)
+                for number in (signal.SIGINT, signal.SIGTERM)
+                if signal.getsignal(number) != signal.SIG_IGN
+            }
         return self
 
     def __exit__(self, *error):
@@ -221,18 +274,25 @@ class Diverged(Failure):
     """Training that cannot come to anything any more."""
 
     def __init__(self, what, where):
-        super().__init__(f'training diverged: {what} in {where}; try a smaller --lr or --center-loss-weight, a longer --warmup-epochs, --clip-gradient, '
-                         'or the default --initializer')
+        super().__init__(
+            f'training diverged: {what} in {where}; try a smaller --lr or --center-loss-weight, a longer --warmup-epochs, --clip-gradient, '
+            'or the default --initializer'
+        )
 
 
 class WidestDifference(mx.metric.EvalMetric):
     """The widest difference between the probabilities, ``softmax_output`` (B, K), that two images get for one class, as a multiple of 1/K."""
 
     def __init__(self):
-        super().__init__('widest_difference', output_names=['softmax_output'], label_names=['softmax_label'])
+        super().__init__(
+            'widest_difference', output_names=['softmax_output'], label_names=['softmax_label']
+        )
 
     def reset(self):
-        self.lowest, self.highest = [], []  # of every batch (K,), on the device: nobody waits for them before the end
+        self.lowest, self.highest = (
+            [],
+            [],
+        )  # of every batch (K,), on the device: nobody waits for them before the end
 
     def update(self, labels, preds):
         self.lowest.append(mx.nd.min(preds[0], axis=0))
@@ -247,7 +307,11 @@ class WidestDifference(mx.metric.EvalMetric):
 def validate(module, val, stop_request):
     """The metrics and the widest difference over the validation images, with the parameters that the module has."""
     reported, difference = metrics(), WidestDifference()
-    module.for_batches_of(val).score(val, mx.metric.CompositeEvalMetric([*reported.metrics, difference]), batch_end_callback=stop_request)
+    module.for_batches_of(val).score(
+        val,
+        mx.metric.CompositeEvalMetric([*reported.metrics, difference]),
+        batch_end_callback=stop_request,
+    )
     return reported, difference
 
 
@@ -264,15 +328,22 @@ def stop_unless_sound(where, reported, difference, *parameters):
         if not np.isfinite(value.asnumpy()).all():  # pooling can hide it from the metrics
             raise Diverged(f'{name} is not finite', where)
     scores = dict(reported.get_name_value())
-    if difference.get()[1] < COLLAPSED and scores['accuracy'] < 1:  # else the images are of one class
-        raise Diverged(f'all classes are on one point of the embedding, Validation-accuracy is {scores["accuracy"]:.4f}', where)
+    if (
+        difference.get()[1] < COLLAPSED and scores['accuracy'] < 1
+    ):  # else the images are of one class
+        raise Diverged(
+            f'all classes are on one point of the embedding, Validation-accuracy is {scores["accuracy"]:.4f}',
+            where,
+        )
 
 
 class LogFile(logging.FileHandler):
     """A log file that stops the run when it cannot be written, instead of going on without a record."""
 
     def handleError(self, record):
-        raise InputError(f'cannot write the log file {self.baseFilename}: {sys.exc_info()[1]}; see --log_dir and --log_file') from None
+        raise InputError(
+            f'cannot write the log file {self.baseFilename}: {sys.exc_info()[1]}; see --log_dir and --log_file'
+        ) from None
 
 
 @contextlib.contextmanager
@@ -300,7 +371,9 @@ def logging_to(path, rank):
         try:
             handlers.extend([LogFile(path), logging.StreamHandler()])
         except OSError as error:
-            raise InputError(f'cannot write the log file {path}: {error.strerror}; see --log_dir and --log_file') from None
+            raise InputError(
+                f'cannot write the log file {path}: {error.strerror}; see --log_dir and --log_file'
+            ) from None
         logger.removeHandler(held)
         for handler in handlers:
             handler.setFormatter(logging.Formatter(f'%(asctime)-15s Node[{rank}] %(message)s'))
@@ -335,6 +408,7 @@ def logging_to(path, rank):
 
 def optimizer_options(args, batches_per_epoch, first_epoch):
     """Options of SGD. The schedule is given in epochs and counted in updates, from the first update of the run, not of this process."""
+
     def updates(epochs):
         return round(epochs * batches_per_epoch)
 
@@ -343,8 +417,13 @@ def optimizer_options(args, batches_per_epoch, first_epoch):
         'momentum': MOMENTUM,
         'wd': WEIGHT_DECAY,
         'clip_gradient': args.clip_gradient or None,
-        'lr_scheduler': mx.lr_scheduler.FactorScheduler(max(1, updates(args.lr_factor_epoch)), args.lr_factor, stop_factor_lr=0, base_lr=args.lr,
-                                                        warmup_steps=updates(args.warmup_epochs)),
+        'lr_scheduler': mx.lr_scheduler.FactorScheduler(
+            max(1, updates(args.lr_factor_epoch)),
+            args.lr_factor,
+            stop_factor_lr=0,
+            base_lr=args.lr,
+            warmup_steps=updates(args.warmup_epochs),
+        ),
         'begin_num_update': first_epoch * batches_per_epoch,
     }
 
@@ -362,22 +441,36 @@ def starting_point(args, checkpoints, module, average, data_shape):
             except DamagedCheckpoint as damage:
                 logging.warning('%s; going back to the checkpoint before it', damage)
                 continue
-            left = [name for name, why in misfits(module.symbol, data_shape, arg_params, aux_params)]
+            left = [
+                name for name, why in misfits(module.symbol, data_shape, arg_params, aux_params)
+            ]
             if left:
-                raise InputError(f'{checkpoints.params(epoch)} is a checkpoint of another network: {", ".join(left)} do not fit; '
-                                 'resume with the options it was trained with, or start from it with --model-prefix and --load-epoch')
+                raise InputError(
+                    f'{checkpoints.params(epoch)} is a checkpoint of another network: {", ".join(left)} do not fit; '
+                    'resume with the options it was trained with, or start from it with --model-prefix and --load-epoch'
+                )
             logging.info('resuming from %s', checkpoints.params(epoch))
             if epoch >= args.num_epochs:
-                logging.warning('%s has all of the %d epochs already: raise --num-epochs to go on', checkpoints.prefix, args.num_epochs)
+                logging.warning(
+                    '%s has all of the %d epochs already: raise --num-epochs to go on',
+                    checkpoints.prefix,
+                    args.num_epochs,
+                )
             module.initial_momentum = momentum
             average.arrays = tagged(arg_params, aux_params)
             checkpoints.current, checkpoints.trained_with = epoch, options
             return epoch, *(untagged(last) if last else (arg_params, aux_params))
-        logging.info('no checkpoint of %s to resume from: starting at the beginning', checkpoints.prefix)
+        logging.info(
+            'no checkpoint of %s to resume from: starting at the beginning', checkpoints.prefix
+        )
     existing = checkpoints.epochs()
     if existing:
-        logging.warning('the %d checkpoints of an earlier run of %s are overwritten when the first epoch is done; '
-                        'stop now and give --resume to continue that run, or another --save-model-prefix to keep it', len(existing), checkpoints.prefix)
+        logging.warning(
+            'the %d checkpoints of an earlier run of %s are overwritten when the first epoch is done; '
+            'stop now and give --resume to continue that run, or another --save-model-prefix to keep it',
+            len(existing),
+            checkpoints.prefix,
+        )
     if args.load_epoch is None:
         return 0, None, None
     source = Checkpoints(args.model_prefix)
@@ -388,7 +481,9 @@ def starting_point(args, checkpoints, module, average, data_shape):
         aux_params.pop(name, None)
     taken = ', '.join([*arg_params, *aux_params])
     if not taken:
-        raise InputError(f'{source.params(args.load_epoch)} is a checkpoint of another network: nothing of it fits; choose another --model-prefix')
+        raise InputError(
+            f'{source.params(args.load_epoch)} is a checkpoint of another network: nothing of it fits; choose another --model-prefix'
+        )
     logging.info('%s: took %s', source.params(args.load_epoch), taken)
     return 0, arg_params, aux_params
 
@@ -396,7 +491,9 @@ def starting_point(args, checkpoints, module, average, data_shape):
 def misfits(network, data_shape, arg_params, aux_params):
     """Pairs (name, why) of the given parameters that the network does not have, or has in another shape, and of those that it misses."""
     arg_shapes, _, aux_shapes = network.infer_shape(data=(1, *data_shape))
-    wanted = dict(zip(network.list_arguments() + network.list_auxiliary_states(), arg_shapes + aux_shapes))
+    wanted = dict(
+        zip(network.list_arguments() + network.list_auxiliary_states(), arg_shapes + aux_shapes)
+    )
     given = {**arg_params, **aux_params}
     inputs = {name for name in wanted if name == 'data' or name.endswith('label')}
     for name in given.keys() - (wanted.keys() - inputs):
@@ -419,7 +516,13 @@ def say_what_differs(checkpoints, options):
     for name, value in options.items() if checkpoints.trained_with is not None else ():
         before = checkpoints.trained_with.get(name)
         if value != before:
-            logging.warning('resuming with %s=%s, while %s was trained with %s', name, value, checkpoints.params(checkpoints.current), before)
+            logging.warning(
+                'resuming with %s=%s, while %s was trained with %s',
+                name,
+                value,
+                checkpoints.params(checkpoints.current),
+                before,
+            )
 
 
 class Module(mx.mod.Module):
@@ -445,20 +548,36 @@ class Module(mx.mod.Module):
         if self._num_workers() > 1:
             self._take_from_rank_0()
         if self.initial_momentum is not None:
-            self._updater.states = {index: self.initial_momentum[name].copy() for index, name in self._optimizer.idx2name.items()}
-            self._updater.states_synced = dict.fromkeys(self._updater.states, False)  # each is moved to its device at the next update
+            self._updater.states = {
+                index: self.initial_momentum[name].copy()
+                for index, name in self._optimizer.idx2name.items()
+            }
+            self._updater.states_synced = dict.fromkeys(
+                self._updater.states, False
+            )  # each is moved to its device at the next update
 
     def _take_from_rank_0(self):
         """Weights, centers and, where the run is a continued one, momentum."""
-        for name, copies in zip(self._param_names, self._exec_group.param_arrays):  # as the kvstore got them from init_optimizer
+        for name, copies in zip(
+            self._param_names, self._exec_group.param_arrays
+        ):  # as the kvstore got them from init_optimizer
             self._kvstore.pull(name, out=copies)
             if self.initial_momentum is not None:
                 momentum = self.initial_momentum.get(name)
-                self.initial_momentum[name] = of_rank_0(self._kvstore, f'momentum:{name}', mx.nd.zeros(copies[0].shape) if momentum is None else momentum)
+                self.initial_momentum[name] = of_rank_0(
+                    self._kvstore,
+                    f'momentum:{name}',
+                    mx.nd.zeros(copies[0].shape) if momentum is None else momentum,
+                )
         for name, copies in self._centers():
             self._kvstore.init(name, copies[0])
             self._kvstore.pull(name, out=copies)
-            self._kvstore.init(f'steps:{name}', mx.nd.zeros((self._num_workers(), self._exec_group.batch_size, 2 + copies[0].shape[1])))
+            self._kvstore.init(
+                f'steps:{name}',
+                mx.nd.zeros(
+                    (self._num_workers(), self._exec_group.batch_size, 2 + copies[0].shape[1])
+                ),
+            )
         self._params_dirty = True
 
     def _num_workers(self):
@@ -466,12 +585,18 @@ class Module(mx.mod.Module):
 
     def _centers(self):
         """Pairs (name, copies): the centers (K, d) of every center loss, on every device."""
-        return [(name, copies) for name, copies in zip(self._aux_names, self._exec_group.aux_arrays) if name.endswith('center_bias')]
+        return [
+            (name, copies)
+            for name, copies in zip(self._aux_names, self._exec_group.aux_arrays)
+            if name.endswith('center_bias')
+        ]
 
     def forward_backward(self, data_batch):
         centers = self._centers()
         if centers and (len(self._context) > 1 or self._num_workers() > 1):
-            label = data_batch.label[[name for name, _ in self.label_shapes].index('center_label')].asnumpy()  # (B,)
+            label = data_batch.label[
+                [name for name, _ in self.label_shapes].index('center_label')
+            ].asnumpy()  # (B,)
             self._before = label, [read_centers(copies[0], label) for _, copies in centers]
         super().forward_backward(data_batch)
 
@@ -490,13 +615,21 @@ class Module(mx.mod.Module):
         parts = []
         for copy, share in zip(copies, self._exec_group.slices):
             classes, first, count = np.unique(label[share], return_index=True, return_counts=True)
-            parts.append((classes, count, (1 + count[:, None]) * (read_centers(copy, classes) - before[share][first])))
+            parts.append(
+                (
+                    classes,
+                    count,
+                    (1 + count[:, None]) * (read_centers(copy, classes) - before[share][first]),
+                )
+            )
         classes, count, step = summed(parts)
         if self._num_workers() > 1:
             classes, count, step = summed(self._of_all_workers(name, classes, count, step))
         start = read_centers(copies[0], classes)
         own, first = np.unique(label, return_index=True)
-        start[np.isin(classes, own)] = before[first]  # those of other workers' classes have not moved here
+        start[np.isin(classes, own)] = before[
+            first
+        ]  # those of other workers' classes have not moved here
         joined = start + step / (1 + count[:, None])
         for copy in copies:
             write_centers(copy, classes, joined)
@@ -507,8 +640,10 @@ class Module(mx.mod.Module):
         The kvstore can only sum: every worker fills its own rows of a table (workers, B, 2 + d) that is zero elsewhere. The traffic grows with the
         total batch, not with K.
         """
-        table = np.zeros((self._num_workers(), self._exec_group.batch_size, 2 + step.shape[1]), np.float32)
-        table[self._kvstore.rank, :len(classes)] = np.column_stack([classes, count, step])
+        table = np.zeros(
+            (self._num_workers(), self._exec_group.batch_size, 2 + step.shape[1]), np.float32
+        )
+        table[self._kvstore.rank, : len(classes)] = np.column_stack([classes, count, step])
         table = mx.nd.array(table)
         self._kvstore.pushpull(f'steps:{name}', table, out=table)
         filled = [part[part[:, 1] > 0] for part in table.asnumpy()]
@@ -518,22 +653,36 @@ class Module(mx.mod.Module):
         if len(self._context) > 1 or pre_sliced:
             super().update_metric(eval_metric, labels, pre_sliced)
         else:  # nothing to slice, which takes MXNet longer than the metrics
-            eval_metric.update_dict({name: label for (name, _), label in zip(self.label_shapes, labels)}, dict(zip(self.output_names, self.get_outputs())))
+            eval_metric.update_dict(
+                {name: label for (name, _), label in zip(self.label_shapes, labels)},
+                dict(zip(self.output_names, self.get_outputs())),
+            )
 
     def for_batches_of(self, batches):
         """A module for scoring, with the same parameters in the same memory. For batches of another size this one would be bound anew, twice an epoch."""
         if self._scoring is None:
-            self._scoring = Module(self.symbol, label_names=self._label_names, context=self._context)
+            self._scoring = Module(
+                self.symbol, label_names=self._label_names, context=self._context
+            )
             # Bound for training: otherwise MXNet fuses operators that keep the weights as they were in their first batch.
-            self._scoring.bind(batches.provide_data, batches.provide_label, for_training=True, shared_module=self)
+            self._scoring.bind(
+                batches.provide_data, batches.provide_label, for_training=True, shared_module=self
+            )
         return self._scoring
 
     def present_arrays(self):
         """Weights ('arg:NAME') and centers ('aux:NAME') after the last step, on the first device: not copies, but what the next step changes."""
         mx.nd.waitall()  # see get_params
         group = self._exec_group
-        return tagged(*({name: copies[0] for name, copies in zip(names, arrays)}
-                        for names, arrays in ((self._param_names, group.param_arrays), (self._aux_names, group.aux_arrays))))
+        return tagged(
+            *(
+                {name: copies[0] for name, copies in zip(names, arrays)}
+                for names, arrays in (
+                    (self._param_names, group.param_arrays),
+                    (self._aux_names, group.aux_arrays),
+                )
+            )
+        )
 
     def num_updates(self):
         """Steps since the beginning of the run."""
@@ -541,7 +690,9 @@ class Module(mx.mod.Module):
 
     def momentum(self):
         """Momentum of every parameter by name. All devices and workers hold the same."""
-        return {self._optimizer.idx2name[index]: state for index, state in self._updater.states.items()}
+        return {
+            self._optimizer.idx2name[index]: state for index, state in self._updater.states.items()
+        }
 
 
 class Updater(mx.optimizer.Updater):
@@ -555,7 +706,9 @@ class Updater(mx.optimizer.Updater):
     def __call__(self, index, grad, weight):
         if self.groups is None:
             small = [i for i, array in enumerate(weight) if array.size <= SMALL]
-            self.groups = [[i] for i in range(len(weight)) if i not in small] + [small] * bool(small)
+            self.groups = [[i] for i in range(len(weight)) if i not in small] + [small] * bool(
+                small
+            )
         for group in self.groups:
             super().__call__(*([values[i] for i in group] for values in (index, grad, weight)))
 
@@ -608,12 +761,18 @@ class Average:
 
 def tagged(arg_params, aux_params):
     """Weights and centers in one dict, as a .params file has them: 'arg:NAME' and 'aux:NAME'."""
-    return {**{f'arg:{name}': value for name, value in arg_params.items()}, **{f'aux:{name}': value for name, value in aux_params.items()}}
+    return {
+        **{f'arg:{name}': value for name, value in arg_params.items()},
+        **{f'aux:{name}': value for name, value in aux_params.items()},
+    }
 
 
 def untagged(arrays):
     """(arg_params, aux_params) of what :func:`tagged` returns, or of a .params file."""
-    return tuple({name[4:]: value for name, value in arrays.items() if name.startswith(kind)} for kind in ('arg:', 'aux:'))
+    return tuple(
+        {name[4:]: value for name, value in arrays.items() if name.startswith(kind)}
+        for kind in ('arg:', 'aux:')
+    )
 
 
 def summed(parts):
@@ -658,7 +817,11 @@ class Checkpoints:
                 beside.touch()
                 beside.unlink()
                 for path in beside.parent.iterdir():
-                    left = re.fullmatch(re.escape(f'.{Path(self.prefix).name}') + r'-(?:symbol\.json|\d{4,}\.(?:params|states))\.(\d{1,9})', path.name)
+                    left = re.fullmatch(
+                        re.escape(f'.{Path(self.prefix).name}')
+                        + r'-(?:symbol\.json|\d{4,}\.(?:params|states))\.(\d{1,9})',
+                        path.name,
+                    )
                     if left and not is_running(int(left[1])):
                         path.unlink(missing_ok=True)
             except OSError as error:
@@ -666,13 +829,17 @@ class Checkpoints:
             except UnicodeEncodeError:
                 problem = 'it is not UTF-8'
         if problem:
-            raise InputError(f'cannot write checkpoints to --save-model-prefix={self.prefix}: {problem}')
+            raise InputError(
+                f'cannot write checkpoints to --save-model-prefix={self.prefix}: {problem}'
+            )
 
     def how_to_continue(self):
         """What is left of a run that stops, as a phrase."""
         if self.current is None:
             return f'no epoch of {self.prefix} was finished, there is nothing to continue from'
-        command = shlex.join(['python', *sys.argv, *(['--resume'] if '--resume' not in sys.argv else [])])
+        command = shlex.join(
+            ['python', *sys.argv, *(['--resume'] if '--resume' not in sys.argv else [])]
+        )
         return f'the last whole checkpoint is {self.params(self.current)}; continue with: {command}'
 
     def symbol(self):
@@ -695,7 +862,9 @@ class Checkpoints:
             names = os.listdir(prefix.parent)
         except OSError:
             names = []
-        found = (re.fullmatch(re.escape(prefix.name) + r'-(\d{4,})\.params', name) for name in names)
+        found = (
+            re.fullmatch(re.escape(prefix.name) + r'-(\d{4,})\.params', name) for name in names
+        )
         return sorted(int(match[1]) for match in found if match)
 
     def look(self, since):
@@ -716,10 +885,15 @@ class Checkpoints:
         try:
             new_symbol.write_text(symbol.tojson())
             save_arrays(new_params, tagged(arg_params, aux_params))
-            save_arrays(new_states, {**{f'momentum:{name}': value for name, value in momentum.items()},
-                                     **{f'last:{name}': value for name, value in last.items()},
-                                     'options': bytes_to_array(json.dumps(options).encode()),
-                                     'digest': bytes_to_array(digest(new_params))})
+            save_arrays(
+                new_states,
+                {
+                    **{f'momentum:{name}': value for name, value in momentum.items()},
+                    **{f'last:{name}': value for name, value in last.items()},
+                    'options': bytes_to_array(json.dumps(options).encode()),
+                    'digest': bytes_to_array(digest(new_params)),
+                },
+            )
             if epoch == 1:
                 for old in reversed(self.epochs()):
                     self.params(old).unlink()
@@ -729,7 +903,9 @@ class Checkpoints:
             self.current = epoch
         except (OSError, mx.MXNetError) as error:
             reason = getattr(error, 'strerror', None) or 'the disk is full or cannot be written'
-            raise InputError(f'cannot write the checkpoint of epoch {epoch} to {self.params(epoch)}: {reason}') from None
+            raise InputError(
+                f'cannot write the checkpoint of epoch {epoch} to {self.params(epoch)}: {reason}'
+            ) from None
         finally:
             for path in beside:
                 path.unlink(missing_ok=True)
@@ -737,17 +913,30 @@ class Checkpoints:
     def load(self, epoch):
         """The whole checkpoint: (arg_params, aux_params, momentum, last, options), see :meth:`save`. Raises DamagedCheckpoint."""
         states = load_arrays(self.states(epoch))
-        if 'digest' not in states or digest(self.params(epoch)) != states['digest'].asnumpy().tobytes():
+        if (
+            'digest' not in states
+            or digest(self.params(epoch)) != states['digest'].asnumpy().tobytes()
+        ):
             raise DamagedCheckpoint(f'{self.states(epoch)} does not belong to {self.params(epoch)}')
-        momentum, last = ({key.split(':', 1)[1]: value for key, value in states.items() if key.startswith(kind)} for kind in ('momentum:', 'last:'))
-        return (*self.load_params(epoch), momentum, last, json.loads(states['options'].asnumpy().tobytes()))
+        momentum, last = (
+            {key.split(':', 1)[1]: value for key, value in states.items() if key.startswith(kind)}
+            for kind in ('momentum:', 'last:')
+        )
+        return (
+            *self.load_params(epoch),
+            momentum,
+            last,
+            json.loads(states['options'].asnumpy().tobytes()),
+        )
 
     def load_params(self, epoch):
         """The weights and centers by name: (arg_params, aux_params). Raises DamagedCheckpoint."""
         path = self.params(epoch)
         if epoch not in self.epochs():
             there = ', '.join(map(str, self.epochs())) or 'none'
-            raise DamagedCheckpoint(f'there is no {path}; epochs of {self.prefix} that have a checkpoint: {there}')
+            raise DamagedCheckpoint(
+                f'there is no {path}; epochs of {self.prefix} that have a checkpoint: {there}'
+            )
         return untagged(load_arrays(path))
 
 
@@ -778,7 +967,9 @@ def load_arrays(path):
     except mx.MXNetError:
         arrays = None
     if not isinstance(arrays, dict):
-        raise DamagedCheckpoint(f'{path} is {"not a whole file of named arrays" if path.exists() else "missing"}')
+        raise DamagedCheckpoint(
+            f'{path} is {"not a whole file of named arrays" if path.exists() else "missing"}'
+        )
     return arrays
 
 
@@ -817,8 +1008,14 @@ class Watch:
     def __call__(self, param):
         done = param.nbatch + 1
         if param.nbatch == 0:
-            self.bar = tqdm(total=self.num_batches * self.batch_size, desc=f'epoch {param.epoch + 1}/{self.num_epochs}', unit=' images',
-                            unit_scale=True, leave=False, disable=self.hidden)
+            self.bar = tqdm(
+                total=self.num_batches * self.batch_size,
+                desc=f'epoch {param.epoch + 1}/{self.num_epochs}',
+                unit=' images',
+                unit_scale=True,
+                leave=False,
+                disable=self.hidden,
+            )
             self.seen, self.seen_at = 0, time.monotonic()
         if done - self.seen < self.steps and done < self.num_batches:
             return
@@ -826,7 +1023,10 @@ class Watch:
         for metric in param.eval_metric.metrics:
             if metric.not_finite:
                 images, value = metric.not_finite
-                raise Diverged(f'{metric.name} is {value}', f'epoch {param.epoch + 1}, batch {math.ceil(images / self.batch_size)}')
+                raise Diverged(
+                    f'{metric.name} is {value}',
+                    f'epoch {param.epoch + 1}, batch {math.ceil(images / self.batch_size)}',
+                )
         if not self.bar.disable:
             self.bar.set_postfix({name: f'{value:.4f}' for name, value in values}, refresh=False)
         self.bar.update(self.batch_size * (done - self.seen))

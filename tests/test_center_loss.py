@@ -12,7 +12,9 @@ class CenterLossNDProp(center_loss.CenterLossProp):
     """The operator in its form for GPUs, which runs on the CPU as well."""
 
     def create_operator(self, ctx, in_shapes, in_dtypes):
-        return center_loss.CenterLoss(self.num_class, self.alpha, self.scale, self.normalization, in_shapes[0], on_cpu=False)
+        return center_loss.CenterLoss(
+            self.num_class, self.alpha, self.scale, self.normalization, in_shapes[0], on_cpu=False
+        )
 
 
 @mx.operator.register('centerloss_sorted')
@@ -29,12 +31,16 @@ FORMS = ['centerloss', 'centerloss_sorted', 'centerloss_nd']
 
 
 def symbol(form='centerloss', **parameters):
-    return mx.sym.Custom(data=mx.sym.var('data'), label=mx.sym.var('label'), op_type=form, name='loss', **parameters)
+    return mx.sym.Custom(
+        data=mx.sym.var('data'), label=mx.sym.var('label'), op_type=form, name='loss', **parameters
+    )
 
 
 def bind(form, x, y, centers, grad_req='write', **parameters):
     """An executor that holds the given embeddings (B, d), labels (B,) and centers (K, d)."""
-    executor = symbol(form, num_class=len(centers), **parameters).simple_bind(mx.cpu(), grad_req=grad_req, data=x.shape)
+    executor = symbol(form, num_class=len(centers), **parameters).simple_bind(
+        mx.cpu(), grad_req=grad_req, data=x.shape
+    )
     executor.arg_dict['data'][:] = x
     executor.arg_dict['label'][:] = y
     executor.aux_dict['loss_center_bias'][:] = centers
@@ -47,7 +53,11 @@ def step(executor):
     loss = executor.forward(is_train=True)[0].asnumpy()
     executor.backward()
     mx.nd.waitall()
-    return loss, executor.grad_dict['data'].asnumpy(), executor.aux_dict['loss_center_bias'].asnumpy()
+    return (
+        loss,
+        executor.grad_dict['data'].asnumpy(),
+        executor.aux_dict['loss_center_bias'].asnumpy(),
+    )
 
 
 def reference(x, y, centers, alpha, scale, normalization):
@@ -60,20 +70,27 @@ def reference(x, y, centers, alpha, scale, normalization):
     moved = centers.copy()
     for j in range(len(centers)):
         members = [i for i in range(len(x)) if y[i] == j]
-        delta = sum((centers[j] - x[i] for i in members), np.zeros_like(centers[j])) / (1 + len(members))
+        delta = sum((centers[j] - x[i] for i in members), np.zeros_like(centers[j])) / (
+            1 + len(members)
+        )
         moved[j] = centers[j] - alpha * delta
     return loss, gradient, moved
 
 
 def random_problem(rng):
     batch, dim, classes = rng.integers(1, 40), rng.integers(1, 20), rng.integers(1, 30)
-    y = {'any': lambda: rng.integers(0, classes, batch),
-         'one class alone': lambda: np.full(batch, rng.integers(0, classes)),
-         'few of many': lambda: rng.choice(rng.integers(0, classes, 2), batch),
-         'each at most once': lambda: rng.permutation(max(batch, classes))[:batch] % classes,
-         }[rng.choice(['any', 'one class alone', 'few of many', 'each at most once'])]()
+    y = {
+        'any': lambda: rng.integers(0, classes, batch),
+        'one class alone': lambda: np.full(batch, rng.integers(0, classes)),
+        'few of many': lambda: rng.choice(rng.integers(0, classes, 2), batch),
+        'each at most once': lambda: rng.permutation(max(batch, classes))[:batch] % classes,
+    }[rng.choice(['any', 'one class alone', 'few of many', 'each at most once'])]()
     spread = 10.0 ** rng.integers(-2, 3)
-    return rng.normal(0, spread, (batch, dim)).astype('f'), y, rng.normal(0, spread, (classes, dim)).astype('f')
+    return (
+        rng.normal(0, spread, (batch, dim)).astype('f'),
+        y,
+        rng.normal(0, spread, (classes, dim)).astype('f'),
+    )
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -81,7 +98,11 @@ def random_problem(rng):
 def test_one_step_follows_the_equations(form, seed):
     rng = np.random.default_rng(seed)
     x, y, centers = random_problem(rng)
-    parameters = {'alpha': rng.choice([0, 0.01, 0.5, 1]), 'scale': rng.choice([0, 0.01, 1, 3]), 'normalization': rng.choice(['batch', 'null'])}
+    parameters = {
+        'alpha': rng.choice([0, 0.01, 0.5, 1]),
+        'scale': rng.choice([0, 0.01, 1, 3]),
+        'normalization': rng.choice(['batch', 'null']),
+    }
     loss, gradient, moved = step(bind(form, x, y, centers, **parameters))
     expected = reference(x, y, centers, **parameters)
     size = max(np.abs(x).max(), np.abs(centers).max())
@@ -94,17 +115,25 @@ def test_one_step_follows_the_equations(form, seed):
 @pytest.mark.parametrize('form', FORMS)
 def test_defaults_are_alpha_a_half_scale_one_and_the_mean_over_the_batch(form):
     x, y, centers = random_problem(np.random.default_rng(1))
-    for measured, expected in zip(step(bind(form, x, y, centers)), reference(x, y, centers, 0.5, 1.0, 'batch')):
+    for measured, expected in zip(
+        step(bind(form, x, y, centers)), reference(x, y, centers, 0.5, 1.0, 'batch')
+    ):
         np.testing.assert_allclose(np.squeeze(measured), np.squeeze(expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('form', FORMS)
 def test_the_gradient_is_the_slope_of_the_loss(form):
     rng = np.random.default_rng(0)
-    x, y, centers = rng.normal(size=(6, 4)).astype('f'), rng.integers(0, 3, 6), rng.normal(size=(3, 4)).astype('f')
+    x, y, centers = (
+        rng.normal(size=(6, 4)).astype('f'),
+        rng.integers(0, 3, 6),
+        rng.normal(size=(3, 4)).astype('f'),
+    )
     executor = bind(form, x, y, centers)
     slope = np.empty_like(x)
-    for index in np.ndindex(x.shape):  # the loss is quadratic: a central difference is exact but for rounding
+    for index in np.ndindex(
+        x.shape
+    ):  # the loss is quadratic: a central difference is exact but for rounding
         sides = []
         for shift in (0.5, -0.5):
             shifted = x.copy()
@@ -138,8 +167,12 @@ def test_a_second_backward_begins_at_where_the_first_has_left_the_centers(form):
         _, gradient, centers = reference(x, y, centers, 0.5, 1.0, 'batch')
         executor.backward()
         mx.nd.waitall()
-        np.testing.assert_allclose(executor.grad_dict['data'].asnumpy(), gradient, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(executor.aux_dict['loss_center_bias'].asnumpy(), centers, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            executor.grad_dict['data'].asnumpy(), gradient, rtol=1e-4, atol=1e-5
+        )
+        np.testing.assert_allclose(
+            executor.aux_dict['loss_center_bias'].asnumpy(), centers, rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -178,8 +211,17 @@ def test_gradients_are_stored_as_asked_and_the_label_has_none(form):
 
 def test_the_forms_for_cpus_and_gpus_agree_at_the_scale_of_faces():
     rng = np.random.default_rng(5)
-    x, y, centers = rng.normal(size=(256, 128)).astype('f'), rng.integers(0, 1000, 256), rng.normal(size=(1000, 128)).astype('f')
-    for first, second in zip(*(step(bind(form, x, y, centers, normalization='null')) for form in ('centerloss', 'centerloss_nd'))):
+    x, y, centers = (
+        rng.normal(size=(256, 128)).astype('f'),
+        rng.integers(0, 1000, 256),
+        rng.normal(size=(1000, 128)).astype('f'),
+    )
+    for first, second in zip(
+        *(
+            step(bind(form, x, y, centers, normalization='null'))
+            for form in ('centerloss', 'centerloss_nd')
+        )
+    ):
         np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
 
 
@@ -196,41 +238,62 @@ def test_it_has_one_state_that_initializers_set_to_zero_whatever_the_batch():
 
 @pytest.mark.parametrize('form', FORMS)
 def test_minus_zero_is_class_0(form):
-    zero, minus_zero = (step(bind(form, np.ones((2, 3)), np.array([label, 1]), np.zeros((2, 3)))) for label in (0.0, -0.0))
+    zero, minus_zero = (
+        step(bind(form, np.ones((2, 3)), np.array([label, 1]), np.zeros((2, 3))))
+        for label in (0.0, -0.0)
+    )
     for first, second in zip(zero, minus_zero):
         np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize('form', FORMS)
-@pytest.mark.parametrize('label, shown', [(4, '4'), (-1, '-1'), (1.5, '1.5'), (np.nan, 'nan'), (np.inf, 'inf'), (3e9, '3e+09')])
+@pytest.mark.parametrize(
+    'label, shown',
+    [(4, '4'), (-1, '-1'), (1.5, '1.5'), (np.nan, 'nan'), (np.inf, 'inf'), (3e9, '3e+09')],
+)
 def test_a_label_that_is_no_class_is_named(form, label, shown, capfd):
     executor = bind(form, np.ones((3, 2)), np.array([0, 1, label]), np.zeros((4, 2)))
     with pytest.raises(mx.MXNetError):
         executor.forward(is_train=True)[0].asnumpy()
-    assert f'label {shown} at position 2 of the batch is not a whole number from 0 to 3 (num_class=4)' in capfd.readouterr().out
+    assert (
+        f'label {shown} at position 2 of the batch is not a whole number from 0 to 3 (num_class=4)'
+        in capfd.readouterr().out
+    )
 
 
-@pytest.mark.parametrize('parameters, problem', [
-    ({'num_class': 0}, 'num_class=0 is not a whole number of at least 1'),
-    ({}, 'num_class=None is not'),
-    ({'num_class': 3, 'alpha': 1.5}, 'alpha=1.5 is not a number from 0 to 1'),
-    ({'num_class': 3, 'alpha': 'fast'}, 'alpha=fast is not'),
-    ({'num_class': 3, 'scale': 'nan'}, 'scale=nan is not a finite number'),
-    ({'num_class': 3, 'normalization': 'valid'}, "normalization='valid' is neither 'batch' nor 'null'"),
-    ({'num_class': 3, 'lambda': 1}, 'lambda: no such parameter'),
-])
+@pytest.mark.parametrize(
+    'parameters, problem',
+    [
+        ({'num_class': 0}, 'num_class=0 is not a whole number of at least 1'),
+        ({}, 'num_class=None is not'),
+        ({'num_class': 3, 'alpha': 1.5}, 'alpha=1.5 is not a number from 0 to 1'),
+        ({'num_class': 3, 'alpha': 'fast'}, 'alpha=fast is not'),
+        ({'num_class': 3, 'scale': 'nan'}, 'scale=nan is not a finite number'),
+        (
+            {'num_class': 3, 'normalization': 'valid'},
+            "normalization='valid' is neither 'batch' nor 'null'",
+        ),
+        ({'num_class': 3, 'lambda': 1}, 'lambda: no such parameter'),
+    ],
+)
 def test_a_parameter_that_does_not_fit_is_named(parameters, problem, capfd):
     with pytest.raises(mx.MXNetError):
         symbol(**parameters).infer_shape(data=(4, 2))
     assert problem in capfd.readouterr().out
 
 
-@pytest.mark.parametrize('shapes, problem', [
-    ({'data': (4, 2, 1)}, 'data of shape (4, 2, 1) is not (batch, dimension)'),
-    ({'data': (4,)}, 'data of shape (4,) is not'),
-    ({'data': (4, 2), 'label': (5,)}, 'label of shape (5,) does not belong to data of shape (4, 2)'),
-    ({'data': (4, 2), 'label': (4, 1)}, 'label of shape (4, 1) does not belong'),
-])
+@pytest.mark.parametrize(
+    'shapes, problem',
+    [
+        ({'data': (4, 2, 1)}, 'data of shape (4, 2, 1) is not (batch, dimension)'),
+        ({'data': (4,)}, 'data of shape (4,) is not'),
+        (
+            {'data': (4, 2), 'label': (5,)},
+            'label of shape (5,) does not belong to data of shape (4, 2)',
+        ),
+        ({'data': (4, 2), 'label': (4, 1)}, 'label of shape (4, 1) does not belong'),
+    ],
+)
 def test_a_shape_that_does_not_fit_is_named(shapes, problem, capfd):
     with pytest.raises(mx.MXNetError):
         symbol(num_class=3).infer_shape(**shapes)
@@ -256,8 +319,10 @@ def test_accuracy_counts_every_image_once(engine):
     for batch in (8, 8, 3):
         probability, label = rng.random((batch, 10)).astype('f'), rng.integers(0, 10, batch)
         label[0] = probability[0].argmax()
-        metric.update_dict({'softmax_label': mx.nd.array(label), 'center_label': mx.nd.zeros(batch)},
-                           {'softmax_output': mx.nd.array(probability), 'center_loss_output': mx.nd.zeros(1)})
+        metric.update_dict(
+            {'softmax_label': mx.nd.array(label), 'center_label': mx.nd.zeros(batch)},
+            {'softmax_output': mx.nd.array(probability), 'center_loss_output': mx.nd.zeros(1)},
+        )
         hits.extend(probability.argmax(axis=1) == label)
     assert metric.get() == ('accuracy', np.mean(hits))
     metric.reset_local()
@@ -273,7 +338,9 @@ def test_center_loss_is_the_mean_over_the_images_however_they_are_shared(devices
     for batch in (12, 12, 7):
         per_image = rng.random(batch)
         losses.extend(per_image)
-        shares = [per_image[part] for part in mx.executor_manager._split_input_slice(batch, [1] * devices)]
+        shares = [
+            per_image[part] for part in mx.executor_manager._split_input_slice(batch, [1] * devices)
+        ]
         assert sum(map(len, shares)) == batch
         metric.update([mx.nd.zeros(batch)], [mx.nd.array([share.mean() for share in shares])])
     assert metric.get()[1] == pytest.approx(np.mean(losses), rel=1e-6)
@@ -286,7 +353,11 @@ def test_metrics_count_what_a_batch_had_when_it_was_given(batches, engine):
     rng = np.random.default_rng(8)
     hits, losses = [], []
     for _ in range(batches):  # an executor writes into the same arrays at every step
-        probability[:], label[:], mean[:] = rng.random((4, 10)), rng.integers(0, 3, 4), rng.random(1)
+        probability[:], label[:], mean[:] = (
+            rng.random((4, 10)),
+            rng.integers(0, 3, 4),
+            rng.random(1),
+        )
         accuracy.update([label], [probability])
         loss.update([label], [mean])
         hits.append(probability.asnumpy().argmax(axis=1) == label.asnumpy())

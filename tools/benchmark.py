@@ -76,7 +76,9 @@ class PerSampleLoopProp(center_loss.CenterLossProp):
 @mx.operator.register('centerloss_nd')
 class CenterLossNDProp(center_loss.CenterLossProp):
     def create_operator(self, ctx, in_shapes, in_dtypes):
-        return center_loss.CenterLoss(self.num_class, self.alpha, self.scale, self.normalization, in_shapes[0], on_cpu=False)
+        return center_loss.CenterLoss(
+            self.num_class, self.alpha, self.scale, self.normalization, in_shapes[0], on_cpu=False
+        )
 
 
 class Nothing(mx.operator.CustomOp):
@@ -102,16 +104,45 @@ class Table:
         self.rows = []
 
     def add(self, target, what, measured, unit='', at_least=None, at_most=None):
-        goal = f'>= {at_least}' if at_least is not None else f'<= {at_most}' if at_most is not None else ''
-        met = None if not goal or measured is None else measured >= at_least if at_least is not None else measured <= at_most
-        self.rows.append({'target': target, 'what': what, 'measured': measured, 'unit': unit, 'goal': goal, 'met': met})
+        goal = (
+            f'>= {at_least}'
+            if at_least is not None
+            else f'<= {at_most}'
+            if at_most is not None
+            else ''
+        )
+        met = (
+            None
+            if not goal or measured is None
+            else measured >= at_least
+            if at_least is not None
+            else measured <= at_most
+        )
+        self.rows.append(
+            {
+                'target': target,
+                'what': what,
+                'measured': measured,
+                'unit': unit,
+                'goal': goal,
+                'met': met,
+            }
+        )
 
     def __str__(self):
         lines = [f'{"":3} {"what":82} {"measured":>12} {"":9} {"goal":>9}']
         for row in self.rows:
-            measured = '-' if row['measured'] is None else f'{row["measured"]:,.3f}' if abs(row['measured']) < 100 else f'{row["measured"]:,.0f}'
+            measured = (
+                '-'
+                if row['measured'] is None
+                else f'{row["measured"]:,.3f}'
+                if abs(row['measured']) < 100
+                else f'{row["measured"]:,.0f}'
+            )
             met = {True: 'met', False: 'NOT MET', None: ''}[row['met']]
-            lines.append(f'{row["target"]:<3} {row["what"]:82} {measured:>12} {row["unit"]:9} {row["goal"]:>9} {met}')
+            lines.append(
+                f'{row["target"]:<3} {row["what"]:82} {measured:>12} {row["unit"]:9} {row["goal"]:>9} {met}'
+            )
         return '\n'.join(lines)
 
 
@@ -180,11 +211,30 @@ def measure_throughput(table, args):
     for batch_size, steps in ((32, 12), (128, 4), (512, 1)):
         batches = endless(data.mnist_iterator(batch_size, dataset='mnist-5k')[0])
         modules = module_of(joint, batch_size), module_of(softmax, batch_size, ['softmax_label'])
-        turns = Turns(lambda: train_on(modules[0], itertools.islice(batches, steps), metrics()),
-                      lambda: train_on(modules[1], itertools.islice(batches, steps), center_loss.Accuracy(), with_center_label=False), rounds=200)
-        table.add(1, f'training, joint objective over softmax only, batch {batch_size}', turns.ratio(1, 0), 'x', at_least=0.98)
+        turns = Turns(
+            lambda: train_on(modules[0], itertools.islice(batches, steps), metrics()),
+            lambda: train_on(
+                modules[1],
+                itertools.islice(batches, steps),
+                center_loss.Accuracy(),
+                with_center_label=False,
+            ),
+            rounds=200,
+        )
+        table.add(
+            1,
+            f'training, joint objective over softmax only, batch {batch_size}',
+            turns.ratio(1, 0),
+            'x',
+            at_least=0.98,
+        )
         if batch_size == 128:
-            table.add('', 'training, joint objective, batch 128', steps * batch_size / turns.median(), 'images/s')
+            table.add(
+                '',
+                'training, joint objective, batch 128',
+                steps * batch_size / turns.median(),
+                'images/s',
+            )
 
 
 def measure_average(table, args):
@@ -199,15 +249,29 @@ def measure_average(table, args):
                 train_on(modules[1], [batch], metric)
                 average(None)
 
-        turns = Turns(lambda: train_on(modules[0], itertools.islice(batches, steps), metrics()), lambda: averaged(metrics()), rounds=100)
-        table.add('', f'training with --average-weights over training, batch {batch_size}', turns.ratio(0, 1), 'x')
+        turns = Turns(
+            lambda: train_on(modules[0], itertools.islice(batches, steps), metrics()),
+            lambda: averaged(metrics()),
+            rounds=100,
+        )
+        table.add(
+            '',
+            f'training with --average-weights over training, batch {batch_size}',
+            turns.ratio(0, 1),
+            'x',
+        )
 
 
 def operator_step(form, batch, dim, classes):
     """A function that runs forward and backward of one form of the operator, on arrays that are there."""
     rng = np.random.default_rng(0)
-    executor = mx.sym.Custom(data=mx.sym.var('data'), label=mx.sym.var('label'), op_type=form, name='loss', num_class=classes).simple_bind(
-        mx.cpu(), data=(batch, dim))
+    executor = mx.sym.Custom(
+        data=mx.sym.var('data'),
+        label=mx.sym.var('label'),
+        op_type=form,
+        name='loss',
+        num_class=classes,
+    ).simple_bind(mx.cpu(), data=(batch, dim))
     executor.arg_dict['data'][:] = rng.normal(size=(batch, dim))
     executor.arg_dict['label'][:] = rng.integers(0, classes, batch)
 
@@ -215,39 +279,95 @@ def operator_step(form, batch, dim, classes):
         executor.forward(is_train=True)
         executor.backward()
         executor.grad_dict['data'].wait_to_read()
+
     return step
 
 
 def measure_operator(table, args):
     """Targets 2 and 4: the operator by itself."""
-    ours, nd, loop = (operator_step(form, 128, 2, 10) for form in ('centerloss', 'centerloss_nd', 'centerloss_loop'))
+    ours, nd, loop = (
+        operator_step(form, 128, 2, 10)
+        for form in ('centerloss', 'centerloss_nd', 'centerloss_loop')
+    )
     turns = Turns(ours, nd, loop, times=5)
-    table.add(2, 'operator, per-sample loop over ours, (B 128, d 2, K 10)', turns.ratio(2, 0), 'x', at_least=40)
-    table.add('', 'operator, the mx.nd form on the CPU over the one on memory, (128, 2, 10)', turns.ratio(1, 0), 'x')
+    table.add(
+        2,
+        'operator, per-sample loop over ours, (B 128, d 2, K 10)',
+        turns.ratio(2, 0),
+        'x',
+        at_least=40,
+    )
+    table.add(
+        '',
+        'operator, the mx.nd form on the CPU over the one on memory, (128, 2, 10)',
+        turns.ratio(1, 0),
+        'x',
+    )
     for shape in ((128, 2, 10), (256, 128, 1000)):
-        turns = Turns(*(operator_step(form, *shape) for form in ('centerloss', 'centerloss_nothing')), times=100)
-        table.add(4, f'operator, forward + backward, ({shape[0]}, {shape[1]}, {shape[2]:,})', 1e3 * turns.median(0), 'ms', at_most=0.5)
-        table.add('', '    of that, what an operator takes that does nothing', 1e3 * turns.median(1), 'ms')
-    turns = Turns(*(operator_step('centerloss', 256, 512, classes) for classes in (1000, 1_000_000)), times=30)
-    table.add(4, 'operator, forward + backward, (256, 512, 1,000,000)', 1e3 * turns.median(1), 'ms', at_most=3)
-    table.add(4, 'operator, K = 1,000,000 over K = 1,000 at (256, 512, K)', turns.ratio(1, 0), 'x', at_most=1.5)
+        turns = Turns(
+            *(operator_step(form, *shape) for form in ('centerloss', 'centerloss_nothing')),
+            times=100,
+        )
+        table.add(
+            4,
+            f'operator, forward + backward, ({shape[0]}, {shape[1]}, {shape[2]:,})',
+            1e3 * turns.median(0),
+            'ms',
+            at_most=0.5,
+        )
+        table.add(
+            '', '    of that, what an operator takes that does nothing', 1e3 * turns.median(1), 'ms'
+        )
+    turns = Turns(
+        *(operator_step('centerloss', 256, 512, classes) for classes in (1000, 1_000_000)), times=30
+    )
+    table.add(
+        4,
+        'operator, forward + backward, (256, 512, 1,000,000)',
+        1e3 * turns.median(1),
+        'ms',
+        at_most=3,
+    )
+    table.add(
+        4,
+        'operator, K = 1,000,000 over K = 1,000 at (256, 512, K)',
+        turns.ratio(1, 0),
+        'x',
+        at_most=1.5,
+    )
     for classes in (1000, 1_000_000):
         added = float(run_part('--memory-of-operator', str(classes)))
-        table.add(4, f'operator, memory added by 20 steps at (256, 512, {classes:,}), centers aside', added, 'MB', at_most=8)
+        table.add(
+            4,
+            f'operator, memory added by 20 steps at (256, 512, {classes:,}), centers aside',
+            added,
+            'MB',
+            at_most=8,
+        )
 
 
 def run_part(*options, script=__file__, **environment):
     """What a script prints that runs in a process of its own."""
-    result = subprocess.run([sys.executable, script, *options], env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run(
+        [sys.executable, script, *options],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     if result.returncode:
-        raise Failure(f'{Path(script).name} {" ".join(options)} ended with status {result.returncode}: {result.stderr.strip()}')
+        raise Failure(
+            f'{Path(script).name} {" ".join(options)} ended with status {result.returncode}: {result.stderr.strip()}'
+        )
     return result.stdout
 
 
 def memory_of_operator(classes):
     """MB of resident memory that steps of the operator add to what its arrays take."""
     step = operator_step('centerloss', 256, 512, classes)
-    step_of_another_size = operator_step('centerloss', 8, 512, classes)  # the engine's threads and buffers
+    step_of_another_size = operator_step(
+        'centerloss', 8, 512, classes
+    )  # the engine's threads and buffers
     centers_touched = 256 * 512 * 4 / 1e6
     step_of_another_size()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -261,8 +381,16 @@ def measure_loop(table, args):
     joint, loop, _ = networks()
     batches = endless(data.mnist_iterator(128, dataset='mnist-5k')[0])
     modules = [module_of(network, 128) for network in (joint, loop)]
-    turns = Turns(*(lambda module=module: train_on(module, itertools.islice(batches, 2), metrics()) for module in modules), rounds=30)
-    table.add(2, 'training, ours over the per-sample loop, batch 128', turns.ratio(1, 0), 'x', at_least=4)
+    turns = Turns(
+        *(
+            lambda module=module: train_on(module, itertools.islice(batches, 2), metrics())
+            for module in modules
+        ),
+        rounds=30,
+    )
+    table.add(
+        2, 'training, ours over the per-sample loop, batch 128', turns.ratio(1, 0), 'x', at_least=4
+    )
 
 
 def measure_torch(table, args):
@@ -275,10 +403,28 @@ def measure_torch(table, args):
     for _ in range(4):
         ours.append(float(run_part('--epochs-of-training', '128')))
         for order, measured in (('pooling-first', torch), ('tanh-first', usual)):
-            measured.append(float(run_part(os.environ['OMP_NUM_THREADS'], order, script=ROOT / 'tests' / 'benchmark_torch.py')))
+            measured.append(
+                float(
+                    run_part(
+                        os.environ['OMP_NUM_THREADS'],
+                        order,
+                        script=ROOT / 'tests' / 'benchmark_torch.py',
+                    )
+                )
+            )
     table.add(3, what, median_ratio(ours, torch), 'x', at_least=1.25)
-    table.add('', 'the same over PyTorch with each tanh before its pooling, as it is usually written', median_ratio(ours, usual), 'x')
-    table.add('', 'training with data and metrics, PyTorch, batch 128', statistics.median(torch), 'images/s')
+    table.add(
+        '',
+        'the same over PyTorch with each tanh before its pooling, as it is usually written',
+        median_ratio(ours, usual),
+        'x',
+    )
+    table.add(
+        '',
+        'training with data and metrics, PyTorch, batch 128',
+        statistics.median(torch),
+        'images/s',
+    )
 
 
 def measure_engine(table, args):
@@ -287,8 +433,21 @@ def measure_engine(table, args):
         ours, usual = [], []
         for _ in range(3):
             ours.append(float(run_part('--epochs-of-training', str(batch_size))))
-            usual.append(float(run_part('--epochs-of-training', str(batch_size), MXNET_ENGINE_TYPE='ThreadedEnginePerDevice')))
-        table.add('', f"training with data and metrics, ours over MXNet's usual engine, batch {batch_size}", median_ratio(ours, usual), 'x')
+            usual.append(
+                float(
+                    run_part(
+                        '--epochs-of-training',
+                        str(batch_size),
+                        MXNET_ENGINE_TYPE='ThreadedEnginePerDevice',
+                    )
+                )
+            )
+        table.add(
+            '',
+            f"training with data and metrics, ours over MXNet's usual engine, batch {batch_size}",
+            median_ratio(ours, usual),
+            'x',
+        )
 
 
 def epochs_of_training(batch_size):
@@ -307,13 +466,28 @@ def epochs_of_training(batch_size):
 def trained(epochs, *options):
     """A folder in which train.py has run."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, ROOT / 'train.py', '--batch-size=128', f'--num-epochs={epochs}', *options], cwd=folder, check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                sys.executable,
+                ROOT / 'train.py',
+                '--batch-size=128',
+                f'--num-epochs={epochs}',
+                *options,
+            ],
+            cwd=folder,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         yield Path(folder)
 
 
 def data_options(args):
-    return ['--data-dir', str(Path(args.data_dir).resolve())] if args.data_dir else ['--dataset', 'mnist-5k']
+    return (
+        ['--data-dir', str(Path(args.data_dir).resolve())]
+        if args.data_dir
+        else ['--dataset', 'mnist-5k']
+    )
 
 
 def measure_overhead(table, args):
@@ -336,12 +510,31 @@ def measure_overhead(table, args):
     turns = AtEpochEnd(bare)
     logging.getLogger().addHandler(turns)
     with tempfile.TemporaryDirectory() as folder:
-        sys.argv[1:] = ['--batch-size=128', f'--num-epochs={5 if args.data_dir else 40}', f'--save-model-prefix={folder}/run', f'--log_dir={folder}',
-                        *data_options(args)]
+        sys.argv[1:] = [
+            '--batch-size=128',
+            f'--num-epochs={5 if args.data_dir else 40}',
+            f'--save-model-prefix={folder}/run',
+            f'--log_dir={folder}',
+            *data_options(args),
+        ]
         train.main()
-    between, inserted = turns.between[1:], turns.inserted[:-1]  # the first epoch aside; an epoch and the loop before it are a pair
-    table.add(5, 'train.py over a bare loop of the same forwards, backwards and updates', median_ratio(inserted, between), 'x', at_least=0.95)
-    table.add('', 'train.py, training images with validation, log and checkpoints', steps * 128 / statistics.median(between), 'images/s')
+    between, inserted = (
+        turns.between[1:],
+        turns.inserted[:-1],
+    )  # the first epoch aside; an epoch and the loop before it are a pair
+    table.add(
+        5,
+        'train.py over a bare loop of the same forwards, backwards and updates',
+        median_ratio(inserted, between),
+        'x',
+        at_least=0.95,
+    )
+    table.add(
+        '',
+        'train.py, training images with validation, log and checkpoints',
+        steps * 128 / statistics.median(between),
+        'images/s',
+    )
 
 
 class AtEpochEnd(logging.Handler):
@@ -369,8 +562,13 @@ def flops_per_image():
     layers = network.get_internals()
     _, outputs, _ = layers.infer_shape(data=(1, 1, 28, 28))
     shapes = dict(zip(layers.list_outputs(), outputs))
-    products = {name.removesuffix('_weight'): int(np.prod(shapes[name]) * np.prod(shapes[f'{name.removesuffix("_weight")}_output'][2:]))
-                for name in network.list_arguments() if name.endswith('_weight')}
+    products = {
+        name.removesuffix('_weight'): int(
+            np.prod(shapes[name]) * np.prod(shapes[f'{name.removesuffix("_weight")}_output'][2:])
+        )
+        for name in network.list_arguments()
+        if name.endswith('_weight')
+    }
     return 2 * sum((2 if name == 'conv1' else 3) * count for name, count in products.items())
 
 
@@ -381,10 +579,19 @@ def measure_flops(table, args):
     turns = Turns(lambda: mx.nd.dot(a, b), thirty_steps())
     product, step = turns.median(0), turns.median(1)
     table.add('', 'operations of a training step per image', flops_per_image() / 1e6, 'Mflop')
-    table.add('', f'product of two matrices of {size} x {size}', 2 * size ** 3 / product / 1e9, 'Gflop/s')
+    table.add(
+        '', f'product of two matrices of {size} x {size}', 2 * size**3 / product / 1e9, 'Gflop/s'
+    )
     table.add('', 'training step, batch 128', flops_per_image() * 128 * 30 / step / 1e9, 'Gflop/s')
-    table.add(6, 'training step over the product of matrices, share of its rate', flops_per_image() * 128 * 30 / step / (2 * size ** 3 / product), 'x')
-    table.rows += json.loads(run_part('--part', 'profile', MXNET_ENGINE_TYPE='ThreadedEnginePerDevice'))  # the synchronous one tells every operator twice
+    table.add(
+        6,
+        'training step over the product of matrices, share of its rate',
+        flops_per_image() * 128 * 30 / step / (2 * size**3 / product),
+        'x',
+    )
+    table.rows += json.loads(
+        run_part('--part', 'profile', MXNET_ENGINE_TYPE='ThreadedEnginePerDevice')
+    )  # the synchronous one tells every operator twice
 
 
 def thirty_steps():
@@ -397,6 +604,7 @@ def thirty_steps():
             module.forward_backward(batch)
             module.update()
         mx.nd.waitall()
+
     return steps
 
 
@@ -405,65 +613,139 @@ def profile(table, args):
     os.environ['MXNET_EXEC_BULK_EXEC_TRAIN'] = '0'
     steps = thirty_steps()
     steps()
-    mx.profiler.set_config(profile_symbolic=True, profile_imperative=True, aggregate_stats=True, filename=os.devnull)
+    mx.profiler.set_config(
+        profile_symbolic=True, profile_imperative=True, aggregate_stats=True, filename=os.devnull
+    )
     mx.profiler.set_state('run')
     steps()
     mx.profiler.set_state('stop')
-    spent = {name: float(total) / 30 for name, total in re.findall(r'^(\S+) +\d+ +([\d.]+) ', mx.profiler.dumps(reset=True), re.MULTILINE)
-             if 'Memory' not in name and not name.startswith('MX')}  # MX: calls of the library, which wait for the operators
+    spent = {
+        name: float(total) / 30
+        for name, total in re.findall(
+            r'^(\S+) +\d+ +([\d.]+) ', mx.profiler.dumps(reset=True), re.MULTILINE
+        )
+        if 'Memory' not in name and not name.startswith('MX')
+    }  # MX: calls of the library, which wait for the operators
     for name, milliseconds in sorted(spent.items(), key=lambda item: -item[1])[:16]:
         table.add('', f'    of a step of batch 128: {name}', milliseconds, 'ms')
 
 
 def measure_start_up(table, args):
     """Target 7: from the command to the first batch, and the memory by then."""
-    program = (f'import sys, time, resource; sys.path.insert(0, {str(ROOT)!r})\n'
-               'from runtime import mx\n'
-               'bare = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
-               'import train, train_model, os\n'
-               'def first(self, batch):\n'
-               '    print(time.time(), bare, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)\n'
-               '    os._exit(0)\n'
-               'train_model.Module.forward_backward = first\n'
-               'train.main()\n')
-    sets = [('the embedded digits', ['--dataset', 'mnist-5k'], 3)] + ([('all of MNIST', data_options(args), 5)] if args.data_dir else [])
+    program = (
+        f'import sys, time, resource; sys.path.insert(0, {str(ROOT)!r})\n'
+        'from runtime import mx\n'
+        'bare = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
+        'import train, train_model, os\n'
+        'def first(self, batch):\n'
+        '    print(time.time(), bare, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)\n'
+        '    os._exit(0)\n'
+        'train_model.Module.forward_backward = first\n'
+        'train.main()\n'
+    )
+    sets = [('the embedded digits', ['--dataset', 'mnist-5k'], 3)] + (
+        [('all of MNIST', data_options(args), 5)] if args.data_dir else []
+    )
     for name, options, limit in sets:
         seconds, added = [], []
         for _ in range(4):
             with tempfile.TemporaryDirectory() as folder:
                 begin = time.time()
-                result = subprocess.run([sys.executable, '-c', program, '--batch-size=128', *options], cwd=folder, capture_output=True, text=True, check=True)
+                result = subprocess.run(
+                    [sys.executable, '-c', program, '--batch-size=128', *options],
+                    cwd=folder,
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
             now, bare, used = map(float, result.stdout.split())
             seconds.append(now - begin)
             added.append((used - bare) / 1e3)
-        table.add(7, f'from the command to the first batch, {name}', statistics.median(seconds), 's', at_most=limit)
-        table.add(7, f'memory above the bare import at the first batch, {name}', statistics.median(added), 'MB', at_most=500)
+        table.add(
+            7,
+            f'from the command to the first batch, {name}',
+            statistics.median(seconds),
+            's',
+            at_most=limit,
+        )
+        table.add(
+            7,
+            f'memory above the bare import at the first batch, {name}',
+            statistics.median(added),
+            'MB',
+            at_most=500,
+        )
 
 
 def measure_vis(table, args):
     """Target 8: embedding and drawing every image there is."""
     with trained(1, *data_options(args)) as folder:
         begin = time.perf_counter()
-        told = [subprocess.run([sys.executable, ROOT / 'vis.py', '--split', split, *data_options(args)], cwd=folder, check=True,
-                               capture_output=True, text=True).stdout for split in ('train', 'val')]
+        told = [
+            subprocess.run(
+                [sys.executable, ROOT / 'vis.py', '--split', split, *data_options(args)],
+                cwd=folder,
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+            for split in ('train', 'val')
+        ]
         seconds = time.perf_counter() - begin
     images = sum(int(re.search(r': (\d+) images of ', text)[1]) for text in told)
     table.add(8, f'vis.py, both splits, {images:,} images', seconds, 's', at_most=25)
 
 
-PARTS = {'throughput': measure_throughput, 'average': measure_average, 'engine': measure_engine, 'operator': measure_operator, 'loop': measure_loop,
-         'torch': measure_torch, 'overhead': measure_overhead, 'flops': measure_flops, 'start-up': measure_start_up, 'vis': measure_vis}
+PARTS = {
+    'throughput': measure_throughput,
+    'average': measure_average,
+    'engine': measure_engine,
+    'operator': measure_operator,
+    'loop': measure_loop,
+    'torch': measure_torch,
+    'overhead': measure_overhead,
+    'flops': measure_flops,
+    'start-up': measure_start_up,
+    'vis': measure_vis,
+}
 
 
 def main():
-    parser = ArgumentParser(description='How fast it is, as ratios of things that run side by side.')
-    parser.add_argument('--data-dir', metavar='DIR', help='folder of the IDX files for the parts that train.py runs in; the embedded digits without it')
-    parser.add_argument('--only', nargs='+', choices=list(PARTS), default=list(PARTS), metavar='PART', help='these parts')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the table for machines, too')
+    parser = ArgumentParser(
+        description='How fast it is, as ratios of things that run side by side.'
+    )
+    parser.add_argument(
+        '--data-dir',
+        metavar='DIR',
+        help='folder of the IDX files for the parts that train.py runs in; the embedded digits without it',
+    )
+    parser.add_argument(
+        '--only',
+        nargs='+',
+        choices=list(PARTS),
+        default=list(PARTS),
+        metavar='PART',
+        help='these parts',
+    )
+    parser.add_argument(
+        '--json', type=Path, metavar='FILE', help='write the table for machines, too'
+    )
     parts = parser.add_argument_group('what runs in a process of its own')
-    parts.add_argument('--part', choices=[*PARTS, 'profile'], help='print the rows of this part as JSON')
-    parts.add_argument('--memory-of-operator', type=int, metavar='K', help='print the memory that the operator adds with K classes')
-    parts.add_argument('--epochs-of-training', type=int, metavar='B', help='print the images per second of training with batches of B')
+    parts.add_argument(
+        '--part', choices=[*PARTS, 'profile'], help='print the rows of this part as JSON'
+    )
+    parts.add_argument(
+        '--memory-of-operator',
+        type=int,
+        metavar='K',
+        help='print the memory that the operator adds with K classes',
+    )
+    parts.add_argument(
+        '--epochs-of-training',
+        type=int,
+        metavar='B',
+        help='print the images per second of training with batches of B',
+    )
     args = parser.parse_args()
     if args.part:
         table = Table()
@@ -481,12 +763,26 @@ def run_all(args):
     """Every part in turn, and the table."""
     table = Table()
     for name in tqdm(args.only, desc='parts', disable=None):
-        table.rows += json.loads(run_part('--part', name, *(['--data-dir', args.data_dir] if args.data_dir else [])))
-    print(f'{available_cpus()} cores, {os.environ["OMP_NUM_THREADS"]} threads, MXNet {mx.__version__}')
+        table.rows += json.loads(
+            run_part('--part', name, *(['--data-dir', args.data_dir] if args.data_dir else []))
+        )
+    print(
+        f'{available_cpus()} cores, {os.environ["OMP_NUM_THREADS"]} threads, MXNet {mx.__version__}'
+    )
     print(table)
     if args.json:
         beside = args.json.with_name(f'.{args.json.name}')
-        beside.write_text(json.dumps({'cores': available_cpus(), 'threads': int(os.environ['OMP_NUM_THREADS']), 'rows': table.rows}, indent=1) + '\n')
+        beside.write_text(
+            json.dumps(
+                {
+                    'cores': available_cpus(),
+                    'threads': int(os.environ['OMP_NUM_THREADS']),
+                    'rows': table.rows,
+                },
+                indent=1,
+            )
+            + '\n'
+        )
         beside.replace(args.json)
 
 

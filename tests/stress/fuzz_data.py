@@ -1,6 +1,6 @@
 """Feed the reader mutated IDX files, raw and compressed: it returns checked arrays or raises DataError, in bounded memory.
 
-    python tests/fuzz_data.py --files 20000
+python tests/fuzz_data.py --files 20000
 """
 
 import collections
@@ -32,7 +32,11 @@ def mutate(content, chance):
     for _ in range(chance.randint(1, 4)):
         if not content:
             break
-        position = chance.randrange(len(content)) if chance.random() < 0.5 else chance.randrange(min(24, len(content)))
+        position = (
+            chance.randrange(len(content))
+            if chance.random() < 0.5
+            else chance.randrange(min(24, len(content)))
+        )
         kind = chance.randrange(7)
         if kind == 0:
             content[position] = chance.randrange(256)
@@ -41,26 +45,47 @@ def mutate(content, chance):
         elif kind == 2:
             del content[position:]
         elif kind == 3:
-            del content[position:position + chance.randint(1, 64)]
+            del content[position : position + chance.randint(1, 64)]
         elif kind == 4:
             content[position:position] = chance.randbytes(chance.randint(1, 64))
         elif kind == 5:
             content += content[:position]
         else:
-            value = chance.choice([0, 1, 27, 29, 255, 2**16, 999_999, 1_000_000, 1_000_001, 2**31 - 1, 2**31, 2**32 - 1])
+            value = chance.choice(
+                [
+                    0,
+                    1,
+                    27,
+                    29,
+                    255,
+                    2**16,
+                    999_999,
+                    1_000_000,
+                    1_000_001,
+                    2**31 - 1,
+                    2**31,
+                    2**32 - 1,
+                ]
+            )
             field = 4 * (position // 4 % 4)
-            content[field:field + 4] = value.to_bytes(4, 'big')
+            content[field : field + 4] = value.to_bytes(4, 'big')
     return bytes(content)
 
 
 def main():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--files', type=number(int, minimum=1), default=20000, help='how many files')
+    parser.add_argument(
+        '--files', type=number(int, minimum=1), default=20000, help='how many files'
+    )
     parser.add_argument('--seed', type=number(int, minimum=0), default=0, help='of the mutations')
     args = parser.parse_args()
     chance = random.Random(args.seed)
     images = b'\0\0\x08\x03' + np.array([20, 28, 28], '>u4').tobytes() + chance.randbytes(20 * 784)
-    labels = b'\0\0\x08\x01' + np.array([500], '>u4').tobytes() + bytes(chance.randrange(10) for _ in range(500))
+    labels = (
+        b'\0\0\x08\x01'
+        + np.array([500], '>u4').tobytes()
+        + bytes(chance.randrange(10) for _ in range(500))
+    )
     outcomes, wrong = collections.Counter(), []
     begin, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +103,9 @@ def main():
                 if array.dtype != np.uint8 or array.shape[1:] != shape or not len(array):
                     wrong.append((manner, f'array {array.dtype} {array.shape}'))
             except DataError as error:
-                outcome = re.sub(r'begins with [\da-f ]+|\d+', 'N', str(error).replace(str(path), 'FILE'))[:60]
+                outcome = re.sub(
+                    r'begins with [\da-f ]+|\d+', 'N', str(error).replace(str(path), 'FILE')
+                )[:60]
             except Exception as error:
                 wrong.append((manner, repr(error)))
                 outcome = type(error).__name__
@@ -86,7 +113,9 @@ def main():
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
     for (manner, outcome), count in sorted(outcomes.items()):
         print(f'{count:7d}  {manner:25s} {outcome}')
-    print(f'{args.files} files in {time.monotonic() - begin:.0f} s, {memory} kB of memory added, {len(wrong)} wrong')
+    print(
+        f'{args.files} files in {time.monotonic() - begin:.0f} s, {memory} kB of memory added, {len(wrong)} wrong'
+    )
     for manner, what in wrong[:20]:
         print(f'wrong: {manner}: {what}', file=sys.stderr)
     sys.exit(1 if wrong or memory > MEMORY else 0)

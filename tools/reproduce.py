@@ -23,7 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from runtime import (  # noqa: E402  (first, for a Ctrl-C while all this is imported)
-    THREADS_ARE_CHOSEN_HERE, ArgumentParser, Failure, InputError, available_cpus, number, run_script)
+    THREADS_ARE_CHOSEN_HERE,
+    ArgumentParser,
+    Failure,
+    InputError,
+    available_cpus,
+    number,
+    run_script,
+)
 
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -37,22 +44,43 @@ JOINT = '--center-loss-weight=1'  # where one lambda stands for center loss
 OBJECTIVES = {'softmax': '--center-loss-weight=0', 'joint': JOINT}
 RUNS = {
     'softmax': OBJECTIVES['softmax'],
-    **{f'lambda-{weight}': f'--center-loss-weight={weight}' for weight in ('0.001', '0.01', '0.1', '1')},
-    **{f'alpha-{alpha}': f'{JOINT} --alpha={alpha}' for alpha in ('0.01', '0.1', '1')},  # 0.5 is the default: lambda-1
+    **{
+        f'lambda-{weight}': f'--center-loss-weight={weight}'
+        for weight in ('0.001', '0.01', '0.1', '1')
+    },
+    **{
+        f'alpha-{alpha}': f'{JOINT} --alpha={alpha}' for alpha in ('0.01', '0.1', '1')
+    },  # 0.5 is the default: lambda-1
     # The rate stays high, and what is measured is the average over about the last tenth of all steps.
-    **{f'averaged-{name}': f'--average-weights=0.1 --lr-factor=1 {objective}' for name, objective in OBJECTIVES.items()},
+    **{
+        f'averaged-{name}': f'--average-weights=0.1 --lr-factor=1 {objective}'
+        for name, objective in OBJECTIVES.items()
+    },
     **{f'ring-{name}': f'--no-bias {objective}' for name, objective in OBJECTIVES.items()},
     # Each epoch is of thirteen times the work, so that there are fewer, of smaller batches; with so many of them to warm up in, a higher rate is stable.
-    **{f'lenet++-{name}': f'--network=lenet++ --num-epochs=6 --lr=0.04 --embedding-lr-mult=0.25 --lr-factor-epoch=4 --batch-size=64 {objective}'
-       for name, objective in OBJECTIVES.items()},
-    **{f'open-set-{dim}-{weight}': f'--num-classes=6 --embedding-dim={dim} --center-loss-weight={weight}'
-       for dim in (2, 32) for weight in ('0', '0.01', '0.1', '1')},
+    **{
+        f'lenet++-{name}': f'--network=lenet++ --num-epochs=6 --lr=0.04 --embedding-lr-mult=0.25 --lr-factor-epoch=4 --batch-size=64 {objective}'
+        for name, objective in OBJECTIVES.items()
+    },
+    **{
+        f'open-set-{dim}-{weight}': f'--num-classes=6 --embedding-dim={dim} --center-loss-weight={weight}'
+        for dim in (2, 32)
+        for weight in ('0', '0.01', '0.1', '1')
+    },
 }
 LAMBDAS = ['softmax', 'lambda-0.001', 'lambda-0.01', 'lambda-0.1', 'lambda-1']
 ALPHAS = ['alpha-0.01', 'alpha-0.1', 'lambda-1', 'alpha-1']
 ANIMATED = 'lambda-1'
-PARTS = {'objectives': ['softmax', 'lambda-1'], 'lambda': LAMBDAS, 'alpha': ALPHAS, 'averaged': ['lambda-1', 'averaged-softmax', 'averaged-joint'],
-         **{part: [name for name in RUNS if name.startswith(part)] for part in ('ring', 'lenet++', 'open-set')}}
+PARTS = {
+    'objectives': ['softmax', 'lambda-1'],
+    'lambda': LAMBDAS,
+    'alpha': ALPHAS,
+    'averaged': ['lambda-1', 'averaged-softmax', 'averaged-joint'],
+    **{
+        part: [name for name in RUNS if name.startswith(part)]
+        for part in ('ring', 'lenet++', 'open-set')
+    },
+}
 
 # (part, file, options of vis.py), of the first seed
 PICTURES = [
@@ -64,11 +92,27 @@ PICTURES = [
     ('averaged', 'averaged.png', ['--curves', 'lambda-1.txt', 'averaged-joint.txt']),
     ('ring', 'ring.png', ['--compare', 'ring-softmax', '--model-prefix', 'ring-joint']),
     ('lenet++', 'lenet++.png', ['--compare', 'lenet++-softmax', '--model-prefix', 'lenet++-joint']),
-    *[('open-set', f'open-set-{dim}.png', ['--compare', f'open-set-{dim}-0', '--model-prefix', f'open-set-{dim}-1']) for dim in (2, 32)],
+    *[
+        (
+            'open-set',
+            f'open-set-{dim}.png',
+            ['--compare', f'open-set-{dim}-0', '--model-prefix', f'open-set-{dim}-1'],
+        )
+        for dim in (2, 32)
+    ],
 ]
 
-COLUMNS = {'accuracy': '{:.2%}', 'intra': '{:.3f}', 'inter': '{:.3f}', 'ratio': '{:.4f}', 's/epoch': '{:.1f}', 'AUC': '{:.4f}', 'TA at 1% FA': '{:.1%}',
-           'AUC (cosine)': '{:.4f}', 'TA (cosine)': '{:.1%}'}
+COLUMNS = {
+    'accuracy': '{:.2%}',
+    'intra': '{:.3f}',
+    'inter': '{:.3f}',
+    'ratio': '{:.4f}',
+    's/epoch': '{:.1f}',
+    'AUC': '{:.4f}',
+    'TA at 1% FA': '{:.1%}',
+    'AUC (cosine)': '{:.4f}',
+    'TA (cosine)': '{:.1%}',
+}
 
 
 class Run:
@@ -79,7 +123,13 @@ class Run:
         self.folder = args.work / f'seed-{seed}'
         self.record = self.folder / f'{name}.json'
         self.keep_all = name == ANIMATED and seed == 0
-        self.command = [*common_options(args), *shlex.split(RUNS[name]), f'--seed={seed}', f'--save-model-prefix={name}', f'--log-file={name}.txt']
+        self.command = [
+            *common_options(args),
+            *shlex.split(RUNS[name]),
+            f'--seed={seed}',
+            f'--save-model-prefix={name}',
+            f'--log-file={name}.txt',
+        ]
         self.options = train.parse_args(self.command)
         self.process = None
         self.stopped = False
@@ -90,7 +140,9 @@ class Run:
             return None
         record = json.loads(self.record.read_text())
         if record['command'] != self.command:
-            raise InputError(f'{self.record} is of another command, {shlex.join(record["command"])}: choose another --work, or remove it')
+            raise InputError(
+                f'{self.record} is of another command, {shlex.join(record["command"])}: choose another --work, or remove it'
+            )
         return record.get('result')
 
     def write(self, **result):
@@ -105,8 +157,13 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.write()
         progress.update(len(Checkpoints(str(self.folder / self.name)).epochs()))
-        with subprocess.Popen([sys.executable, ROOT / 'train.py', *self.command, '--resume'], cwd=self.folder, stderr=subprocess.PIPE, text=True,
-                              env={**os.environ, 'OMP_NUM_THREADS': str(threads)}) as self.process:
+        with subprocess.Popen(
+            [sys.executable, ROOT / 'train.py', *self.command, '--resume'],
+            cwd=self.folder,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
+        ) as self.process:
             if self.stopped:
                 self.process.terminate()
             last = ''
@@ -134,13 +191,23 @@ class Run:
     def measure(self):
         """Embed all validation images with the last checkpoint, and measure."""
         digits = data.load_digits(self.options.dataset, self.options.data_dir)
-        embeddings, logits = vis.embed(str(self.folder / self.name), self.options.num_epochs, digits.val_images)
+        embeddings, logits = vis.embed(
+            str(self.folder / self.name), self.options.num_epochs, digits.val_images
+        )
         num_seen, labels = logits.shape[1], digits.val_labels
         seen = labels < num_seen
         seconds = re.findall(r'Time cost=(\S+)', (self.folder / f'{self.name}.txt').read_text())
-        values = [np.mean(logits.argmax(axis=1)[seen] == labels[seen]), *vis.cluster_statistics(embeddings, labels), statistics.median(map(float, seconds))]
+        values = [
+            np.mean(logits.argmax(axis=1)[seen] == labels[seen]),
+            *vis.cluster_statistics(embeddings, labels),
+            statistics.median(map(float, seconds)),
+        ]
         if num_seen < len(digits.class_names):
-            values += [value for verified in vis.verify_unseen(embeddings, labels, num_seen).values() for value in verified]
+            values += [
+                value
+                for verified in vis.verify_unseen(embeddings, labels, num_seen).values()
+                for value in verified
+            ]
         return dict(zip(COLUMNS, map(float, values)))
 
     def clean_up(self):
@@ -154,9 +221,15 @@ class Run:
 def train_all(runs, jobs):
     """Train and measure the runs, up to ``jobs`` of them side by side, with a progress bar on a terminal. OMP_NUM_THREADS is respected."""
     jobs = min(jobs, len(runs))
-    threads = available_cpus() // jobs or 1 if THREADS_ARE_CHOSEN_HERE else os.environ['OMP_NUM_THREADS']
-    with (tqdm(total=sum(run.options.num_epochs for run in runs), unit='epoch', disable=None) as progress,
-          concurrent.futures.ThreadPoolExecutor(jobs) as pool):
+    threads = (
+        available_cpus() // jobs or 1 if THREADS_ARE_CHOSEN_HERE else os.environ['OMP_NUM_THREADS']
+    )
+    with (
+        tqdm(
+            total=sum(run.options.num_epochs for run in runs), unit='epoch', disable=None
+        ) as progress,
+        concurrent.futures.ThreadPoolExecutor(jobs) as pool,
+    ):
         trainings = {pool.submit(run.train, progress, threads): run for run in runs}
         try:
             for training in concurrent.futures.as_completed(trainings):
@@ -170,8 +243,13 @@ def train_all(runs, jobs):
 
 def common_options(args):
     """The options of train.py that are the same in all runs."""
-    return [f'--dataset={args.dataset}', *([f'--data-dir={Path(args.data_dir).resolve()}'] if args.data_dir else []),
-            f'--num-epochs={args.num_epochs}', f'--num-examples={args.num_examples}', *shlex.split(args.options)]
+    return [
+        f'--dataset={args.dataset}',
+        *([f'--data-dir={Path(args.data_dir).resolve()}'] if args.data_dir else []),
+        f'--num-epochs={args.num_epochs}',
+        f'--num-examples={args.num_examples}',
+        *shlex.split(args.options),
+    ]
 
 
 def table(results):
@@ -179,12 +257,23 @@ def table(results):
     lines = []
     for with_unseen in (False, True):
         columns = list(COLUMNS) if with_unseen else list(COLUMNS)[:5]
-        rows = {name: found for name, found in results.items() if found and ('--num-classes' in RUNS[name]) == with_unseen}
+        rows = {
+            name: found
+            for name, found in results.items()
+            if found and ('--num-classes' in RUNS[name]) == with_unseen
+        }
         if rows:
-            lines += ['', f'| options | seeds | {" | ".join(columns)} |', '| --- | --- |' + ' ---: |' * len(columns)]
+            lines += [
+                '',
+                f'| options | seeds | {" | ".join(columns)} |',
+                '| --- | --- |' + ' ---: |' * len(columns),
+            ]
         for name, found in rows.items():
             whole = [result for result in found if 'failure' not in result]
-            cells = [mean_and_spread(COLUMNS[column], [result[column] for result in whole]) for column in columns]
+            cells = [
+                mean_and_spread(COLUMNS[column], [result[column] for result in whole])
+                for column in columns
+            ]
             failed = f', {len(found) - len(whole)} diverged' if len(whole) < len(found) else ''
             lines.append(f'| `{RUNS[name]}` | {len(found)}{failed} | {" | ".join(cells)} |')
     return '\n'.join(lines)
@@ -194,35 +283,94 @@ def mean_and_spread(form, values):
     if not values:
         return ''
     mean = form.format(statistics.mean(values))
-    return mean if len(values) == 1 else f'{mean} ± {form.format(statistics.stdev(values)).rstrip("%")}'
+    return (
+        mean
+        if len(values) == 1
+        else f'{mean} ± {form.format(statistics.stdev(values)).rstrip("%")}'
+    )
 
 
 def draw(args):
     """Write the pictures of the chosen parts whose runs are there, and show the command of each."""
-    source = [f'--dataset={args.dataset}', *([f'--data-dir={Path(args.data_dir).resolve()}'] if args.data_dir else [])]
+    source = [
+        f'--dataset={args.dataset}',
+        *([f'--data-dir={Path(args.data_dir).resolve()}'] if args.data_dir else []),
+    ]
     args.images.mkdir(parents=True, exist_ok=True)
     for part, file, options in PICTURES:
         if part in args.only:
             target = str((args.images / file).resolve())
-            options = [*options, '--animate' if file.endswith('.gif') else '--output', target, *(source if '--curves' not in options else [])]
+            options = [
+                *options,
+                '--animate' if file.endswith('.gif') else '--output',
+                target,
+                *(source if '--curves' not in options else []),
+            ]
             print('$', shlex.join(['python', 'vis.py', *options]))
-            drawn = subprocess.run([sys.executable, ROOT / 'vis.py', *options], cwd=args.work / 'seed-0')
+            drawn = subprocess.run(
+                [sys.executable, ROOT / 'vis.py', *options], cwd=args.work / 'seed-0'
+            )
             if drawn.returncode:
                 print(f'{file} was not drawn', file=sys.stderr)
 
 
 def main():
-    parser = ArgumentParser(description="Make the README's results: training runs, table, pictures.")
+    parser = ArgumentParser(
+        description="Make the README's results: training runs, table, pictures."
+    )
     data.add_data_arguments(parser)
     parser.set_defaults(dataset='mnist')
-    parser.add_argument('--work', type=Path, default='reproduction', metavar='DIR', help='folder of the runs, and where a stopped programme continues')
-    parser.add_argument('--images', type=Path, metavar='DIR', help='write the pictures to this folder')
-    parser.add_argument('--only', nargs='+', choices=list(PARTS), default=list(PARTS), metavar='PART', help='some of: ' + ', '.join(PARTS))
-    parser.add_argument('--seeds', type=number(int, minimum=1), default=3, metavar='N', help='every run with the seeds 0 to N-1')
-    parser.add_argument('--jobs', type=number(int, minimum=1), default=available_cpus(), metavar='N', help='train N runs side by side')
-    parser.add_argument('--num-epochs', type=number(int, minimum=1), default=20, metavar='N', help='epochs of every run that does not say otherwise')
-    parser.add_argument('--num-examples', type=number(int, minimum=1), default=60000, metavar='N', help='use only the first N training images')
-    parser.add_argument('--options', default='--batch-size=128', help='options of train.py for every run, as one argument')
+    parser.add_argument(
+        '--work',
+        type=Path,
+        default='reproduction',
+        metavar='DIR',
+        help='folder of the runs, and where a stopped programme continues',
+    )
+    parser.add_argument(
+        '--images', type=Path, metavar='DIR', help='write the pictures to this folder'
+    )
+    parser.add_argument(
+        '--only',
+        nargs='+',
+        choices=list(PARTS),
+        default=list(PARTS),
+        metavar='PART',
+        help='some of: ' + ', '.join(PARTS),
+    )
+    parser.add_argument(
+        '--seeds',
+        type=number(int, minimum=1),
+        default=3,
+        metavar='N',
+        help='every run with the seeds 0 to N-1',
+    )
+    parser.add_argument(
+        '--jobs',
+        type=number(int, minimum=1),
+        default=available_cpus(),
+        metavar='N',
+        help='train N runs side by side',
+    )
+    parser.add_argument(
+        '--num-epochs',
+        type=number(int, minimum=1),
+        default=20,
+        metavar='N',
+        help='epochs of every run that does not say otherwise',
+    )
+    parser.add_argument(
+        '--num-examples',
+        type=number(int, minimum=1),
+        default=60000,
+        metavar='N',
+        help='use only the first N training images',
+    )
+    parser.add_argument(
+        '--options',
+        default='--batch-size=128',
+        help='options of train.py for every run, as one argument',
+    )
     args = parser.parse_args()
 
     names = [name for name in RUNS if any(name in PARTS[part] for part in args.only)]
@@ -231,8 +379,10 @@ def main():
     if unfinished:
         train_all(unfinished, args.jobs)
     seeds = f'{args.seeds} seeds (mean ± standard deviation)' if args.seeds > 1 else '1 seed'
-    print(f'\n{args.data_dir or args.dataset}, {args.num_epochs} epochs, {seeds}, {available_cpus()} processors; every run: '
-          f'python train.py {shlex.join(common_options(args))} and')
+    print(
+        f'\n{args.data_dir or args.dataset}, {args.num_epochs} epochs, {seeds}, {available_cpus()} processors; every run: '
+        f'python train.py {shlex.join(common_options(args))} and'
+    )
     print(table({name: [run.result() for run in runs if run.name == name] for name in names}))
     if args.images:
         draw(args)

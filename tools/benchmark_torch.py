@@ -29,21 +29,37 @@ def main():
     torch.manual_seed(0)
     digits = load_digits('mnist-5k')
     # By way of bytes: it does not depend on which NumPy this PyTorch was built for.
-    images = torch.frombuffer(bytearray(digits.train_images.tobytes()), dtype=torch.uint8).reshape(-1, 1, 28, 28)
+    images = torch.frombuffer(bytearray(digits.train_images.tobytes()), dtype=torch.uint8).reshape(
+        -1, 1, 28, 28
+    )
     labels = torch.frombuffer(bytearray(digits.train_labels.tobytes()), dtype=torch.uint8).long()
-    activation = [nn.MaxPool2d(2), nn.Tanh()] if sys.argv[2] == 'pooling-first' else [nn.Tanh(), nn.MaxPool2d(2)]
-    features = nn.Sequential(nn.Conv2d(1, 20, 5), *activation, nn.Conv2d(20, 50, 5), *activation,
-                             nn.Flatten(), nn.Linear(800, 500), nn.Tanh(), nn.Linear(500, 2))
+    activation = (
+        [nn.MaxPool2d(2), nn.Tanh()]
+        if sys.argv[2] == 'pooling-first'
+        else [nn.Tanh(), nn.MaxPool2d(2)]
+    )
+    features = nn.Sequential(
+        nn.Conv2d(1, 20, 5),
+        *activation,
+        nn.Conv2d(20, 50, 5),
+        *activation,
+        nn.Flatten(),
+        nn.Linear(800, 500),
+        nn.Tanh(),
+        nn.Linear(500, 2),
+    )
     classifier = nn.Linear(2, 10)
     centers = torch.zeros(10, 2)
-    optimizer = torch.optim.SGD([*features.parameters(), *classifier.parameters()], lr=0.01, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        [*features.parameters(), *classifier.parameters()], lr=0.01, momentum=0.9, weight_decay=5e-4
+    )
     seconds = []
     for epoch in range(6):
         order = np.random.default_rng((0, epoch)).permutation(len(images))
         order = torch.frombuffer(bytearray(order.astype(np.int64).tobytes()), dtype=torch.int64)
         begin, correct, total = time.perf_counter(), 0, 0.0
         for first in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):
-            index = order[first:first + BATCH_SIZE]
+            index = order[first : first + BATCH_SIZE]
             image, label = images[index].float() / 256, labels[index]
             embedding = features(image)
             logits = classifier(embedding)
@@ -54,7 +70,11 @@ def main():
             optimizer.step()
             with torch.no_grad():
                 count = torch.bincount(label, minlength=10)
-                centers += ALPHA * torch.zeros_like(centers).index_add_(0, label, difference) / (1 + count)[:, None]
+                centers += (
+                    ALPHA
+                    * torch.zeros_like(centers).index_add_(0, label, difference)
+                    / (1 + count)[:, None]
+                )
                 correct += int((logits.argmax(1) == label).sum())
                 total += float(center_loss)
         seconds.append(time.perf_counter() - begin)

@@ -25,14 +25,28 @@ from tqdm import tqdm  # noqa: E402
 from train_model import Checkpoints, DamagedCheckpoint  # noqa: E402
 
 EPOCHS = 3
-COMMAND = [sys.executable, str(ROOT / 'train.py'), '--dataset', 'mnist-5k', '--num-examples', '1000', '--batch-size', '50', '--num-epochs', str(EPOCHS),
-           '--average-weights', '0.1']
+COMMAND = [
+    sys.executable,
+    str(ROOT / 'train.py'),
+    '--dataset',
+    'mnist-5k',
+    '--num-examples',
+    '1000',
+    '--batch-size',
+    '50',
+    '--num-epochs',
+    str(EPOCHS),
+    '--average-weights',
+    '0.1',
+]
 
 
 def arrays(folder):
     """Every average of a weight or center, every momentum, and every weight and center of the last step, after the last epoch, as bytes by name."""
     *named_arrays, _ = Checkpoints(folder / 'center_loss').load(EPOCHS)
-    return [{name: value.asnumpy().tobytes() for name, value in named.items()} for named in named_arrays]
+    return [
+        {name: value.asnumpy().tobytes() for name, value in named.items()} for named in named_arrays
+    ]
 
 
 def count_damaged(folder):
@@ -51,8 +65,15 @@ def count_damaged(folder):
 
 def main():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--kills', type=number(int, minimum=1), default=100, help='how often to kill')
-    parser.add_argument('--seconds', type=number(float, above=0), default=1200, help='begin nothing more after so long, and say how far it came')
+    parser.add_argument(
+        '--kills', type=number(int, minimum=1), default=100, help='how often to kill'
+    )
+    parser.add_argument(
+        '--seconds',
+        type=number(float, above=0),
+        default=1200,
+        help='begin nothing more after so long, and say how far it came',
+    )
     parser.add_argument('--seed', type=number(int, minimum=0), default=0, help='of the moments')
     args = parser.parse_args()
     moments = random.Random(args.seed)
@@ -67,7 +88,9 @@ def main():
         kills = finished = damaged = failed = different = unpaired = half_written = 0
         with tqdm(total=args.kills, unit=' kills', disable=None) as progress:
             while kills < args.kills and time.monotonic() - begin < args.seconds:
-                process = subprocess.Popen([*COMMAND, '--resume'], cwd=killed, stderr=subprocess.PIPE, text=True)
+                process = subprocess.Popen(
+                    [*COMMAND, '--resume'], cwd=killed, stderr=subprocess.PIPE, text=True
+                )
                 try:
                     _, told = process.communicate(timeout=moments.uniform(0.2, 0.9 * duration))
                 except subprocess.TimeoutExpired:
@@ -91,8 +114,10 @@ def main():
                 half_written += len(list(killed.glob('.*')))
                 for path in killed.iterdir():
                     path.unlink()
-    print(f'kills: {kills} in {time.monotonic() - begin:.0f} s, runs finished: {finished}, resumes that failed: {failed}, files that do not load: {damaged}, '
-          f'pairs of two moments: {unpaired}, finished runs that differ: {different}, half-written files they left: {half_written}')
+    print(
+        f'kills: {kills} in {time.monotonic() - begin:.0f} s, runs finished: {finished}, resumes that failed: {failed}, files that do not load: {damaged}, '
+        f'pairs of two moments: {unpaired}, finished runs that differ: {different}, half-written files they left: {half_written}'
+    )
     sys.exit(1 if failed or damaged or different or half_written else 0)
 
 

@@ -1,0 +1,89 @@
+"""What the command lines share: the parser, types for its options, and how a script ends."""
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from common.environment import mx
+from common.errors import Failure, InputError, Terminated
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default that says something."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, '', False):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose help shows defaults and whose errors are raised as :class:`InputError`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=HelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message as an InputError, which :func:`run_script` prints."""
+        raise InputError(message)
+
+
+def number(
+    kind: type, minimum: float = -math.inf, maximum: float = math.inf, above: float = -math.inf
+) -> Callable[[str], float]:
+    """Return an argparse type: a finite int or float in [minimum, maximum] and above ``above``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+            if not math.isfinite(value):
+                raise ValueError
+        except (ValueError, OverflowError):
+            noun = 'a whole number' if kind is int else 'a finite number'
+            raise argparse.ArgumentTypeError(f'{text!r} is not {noun}') from None
+        for wrong, bound in (
+            (value <= above, f'greater than {above}'),
+            (value < minimum, f'at least {minimum}'),
+            (value > maximum, f'at most {maximum}'),
+        ):
+            if wrong:
+                raise argparse.ArgumentTypeError(f'{text} is out of range: it has to be {bound}')
+        return value
+
+    return parse
+
+
+def run_script(main: Callable[[Sequence[str]], None]) -> None:
+    """Run ``main(sys.argv[1:])`` as a script.
+
+    A :class:`Failure` is printed as one line on stderr and sets the exit status; Ctrl-C and SIGTERM
+    end with status 130 and 143, without a traceback.
+    """
+
+    def interrupt(number, frame):
+        # While MXNet binds a custom operator it calls Python; an exception raised in there does
+        # not reach the caller, and MXNet would go on with unfilled results and crash.
+        while frame is not None:
+            if frame.f_code.co_filename == mx.operator.__file__:
+                os._exit(128 + number)
+            frame = frame.f_back
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(signal_number) != signal.SIG_IGN:
+            signal.signal(signal_number, interrupt)
+    try:
+        main(sys.argv[1:])
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+    except Failure as failure:
+        print(f'{Path(sys.argv[0]).name}: error: {failure}', file=sys.stderr)
+        sys.exit(failure.exit_status)
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))

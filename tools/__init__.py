@@ -1,0 +1,1 @@
+"""Programs beside the main workflow, run as ``python -m tools.NAME``."""
