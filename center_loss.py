@@ -1,245 +1,168 @@
-"""Center loss as an MXNet operator, and the two metrics of the joint objective.
+"""Center loss for MXNet: an operator, a Gluon block and the metrics of the joint objective."""
 
-Y. Wen, K. Zhang, Z. Li, Y. Qiao: A Discriminative Feature Learning Approach for Deep Face Recognition, ECCV 2016.
+import ctypes
+from collections.abc import Sequence
 
-For a batch of B embeddings x_i with labels y_i, every class j has a center c_j, learned along with the network:
-
-    Eq. 2   L_C = 1/2 sum_i ||x_i - c_{y_i}||^2                                  (the operator's output is L_C / B)
-    Eq. 3   dL_C/dx_i = x_i - c_{y_i}
-    Eq. 4   delta c_j = sum_i [y_i = j] (c_j - x_i) / (1 + sum_i [y_i = j])      c_j <- c_j - alpha delta c_j
-
-Importing this module registers the operator:
-
-    mx.sym.Custom(data=x, label=y, op_type='centerloss', name='center_loss', num_class=10, alpha=0.5)
-"""
-
-import atexit
-import contextlib
-import warnings
-
+import mxnet as mx
 import numpy as np
-
-from runtime import SYNCHRONOUS, memory_of, mx
 
 __all__ = [
     'Accuracy',
     'CenterLoss',
-    'CenterLossMetric',
+    'CenterLossBlock',
     'CenterLossProp',
-    'read_centers',
-    'write_centers',
+    'CenterLossMetric',
+    'CrossEntropy',
+    'memory_view',
 ]
 
-FEW = 2**15  # multiplications, see CenterLoss
-MOST_QUEUED = (
-    32  # batches that a metric has yet to count: as many may lie in memory, waiting for the device
-)
 
-# Of a training that diverges: the metric shows it. np.errstate around each callback would take as long as the arithmetic of a small batch.
-warnings.filterwarnings('ignore', category=RuntimeWarning, module=__name__)
+def memory_view(array: mx.nd.NDArray) -> np.ndarray:
+    """Return the memory of an NDArray on the CPU as a NumPy array, without a copy.
 
-
-class CenterLoss(mx.operator.CustomOp):
-    """Center loss (Eq. 2), its gradient (Eq. 3), and the movement of the centers (Eq. 4), for one device.
-
-    The work grows with the batch alone, O(B d): of many classes only the centers of those that occur in it are read or written.
-
-    On the CPU the arrays' own memory is read and written through NumPy. The engine has granted it for the duration of the callback, so
-    nothing is queued behind the backward pass that is under way. Between two convolutions the caches hold nothing of Python, and every function that is
-    called costs ten times what it does in a loop of its own: therefore few are, and backward takes over what forward has found. Where classes and batch
-    are few, a product of matrices sums over the samples of every class; no more than FEW multiplications, or NumPy would share it among threads of its
-    own, which get in the way of MXNet's. Elsewhere the samples are sorted by class. On any other device the same steps are ``mx.nd`` operations.
-
-    Parameters
-    ----------
-    num_class : int
-        K, the number of classes.
-    alpha : float
-        Learning rate of the centers (alpha in Eq. 4).
-    scale : float
-        Factor of the gradient with respect to the embeddings.
-    normalization : {'batch', 'null'}
-        Whether that gradient is divided by B or not.
-    shape : tuple of int
-        (B, d), of the embeddings.
-    on_cpu : bool
-        Whether the arrays' memory can be reached by this process.
+    It does not wait for the engine: use it where nothing else writes the array. The view keeps the
+    NDArray alive.
     """
+    address = ctypes.c_void_p()
+    mx.base.check_call(mx.base._LIB.MXNDArrayGetData(array.handle, ctypes.byref(address)))
+    shape, dtype = array.shape, np.dtype(array.dtype)
+    memory = (ctypes.c_char * (int(np.prod(shape)) * dtype.itemsize)).from_address(address.value)
+    memory.owner = array
+    return np.frombuffer(memory, dtype).reshape(shape)
 
-    def __init__(self, num_class, alpha, scale, normalization, shape, on_cpu):
-        super().__init__()
-        self.num_class = num_class
-        self.alpha = alpha
-        self.factor = scale / shape[0] if normalization == 'batch' else scale
-        self.shape = tuple(shape)
-        self.on_cpu = on_cpu
-        self.one_hot = (
-            np.eye(num_class, dtype=np.float32)
-            if num_class * max(num_class, shape[0]) * shape[1] <= FEW
-            else None
-        )  # (K, K)
-        self.of_forward = None  # what a forward in training leaves to its backward
 
-    def forward(self, is_train, req, in_data, out_data, aux):
-        """Write the mean center loss of the batch, shape (1,). The centers stay where they are."""
-        data, label = in_data
-        if self.on_cpu:
-            found = difference, _, _ = self._in_memory(data, label, aux[0])
-            self.of_forward = found if is_train else None
-            total = (
-                np.vdot(difference, difference)
-                if self.one_hot is not None
-                else np.add.reduce(np.square(difference), axis=None)
-            )
-            _write(memory_of(out_data[0], (1,)), req[0], total / (2 * self.shape[0]))
-        else:
-            self._check(label.asnumpy())
-            difference = data - mx.nd.take(aux[0], label)
-            self.assign(
-                out_data[0],
-                req[0],
-                mx.nd.sum(difference * difference).reshape((1,)) / (2 * self.shape[0]),
-            )
-
-    def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
-        """Write the gradient of the embeddings, shape (B, d), from the present centers; then move the centers."""
-        data, label = in_data
-        if self.on_cpu:
-            difference, classes, centers = self.of_forward or self._in_memory(data, label, aux[0])
-            self.of_forward = None  # another backward finds the centers elsewhere
-            if req[0] != 'null':
-                _write(memory_of(in_grad[0], self.shape), req[0], self.factor * difference)
-            if req[1] != 'null':
-                _write(memory_of(in_grad[1], self.shape[:1]), req[1], 0)
-            move = self._move_all if self.one_hot is not None else self._move_occurring
-            move(difference, classes, centers)
-        else:
-            difference = data - mx.nd.take(aux[0], label)
-            self.assign(in_grad[0], req[0], self.factor * difference)
-            self.assign(in_grad[1], req[1], mx.nd.zeros_like(label))
-            self._move_centers(difference, label, aux[0])
-
-    def _in_memory(self, data, label, centers):
-        """x_i - c_{y_i}, float32 (B, d), the classes y_i, int64 (B,), and the centers, (K, d)."""
-        label = memory_of(label, self.shape[:1])
-        classes = label.astype(np.int64)
-        # Comparing bytes takes a fraction of comparing numbers; among unsigned numbers the negative ones are the largest.
-        if (
-            classes.astype(np.float32).tobytes() != label.tobytes()
-            or np.maximum.reduce(classes.view(np.uint64)) >= self.num_class
-        ):
-            self._check(label)
-        centers = memory_of(centers, (self.num_class, self.shape[1]))
-        return memory_of(data, self.shape) - centers.take(classes, axis=0), classes, centers
-
-    def _move_all(self, difference, classes, centers):
-        """Eq. 4 on all centers; the step of those that do not occur in the batch is 0."""
-        step = self.one_hot.take(classes, axis=1).dot(difference)  # (K, d)
-        step *= (self.alpha / (1 + np.bincount(classes, minlength=self.num_class)))[:, None]
-        centers += step
-
-    def _move_occurring(self, difference, classes, centers):
-        """Eq. 4 on the centers that occur in the batch: sorted by class, the samples of one class are a run that one sum covers."""
-        order = classes.argsort(kind='stable')
-        classes = classes[order]
-        begins = np.ones(
-            len(classes) + 1, bool
-        )  # where the run of a class begins, and the end of the last
-        np.not_equal(classes[1:], classes[:-1], out=begins[1:-1])
-        bounds = begins.nonzero()[0]
-        first, count = bounds[:-1], bounds[1:] - bounds[:-1]
-        step = difference[order[first]]  # (classes in the batch, d)
-        repeated = count > 1
-        if repeated.any():  # with many classes most occur once, and have their sum already
-            members, size = order[repeated.repeat(count)], count[repeated]
-            step[repeated] = np.add.reduceat(difference[members], size.cumsum() - size, axis=0)
-        step *= np.divide(self.alpha, 1 + count, dtype=np.float32)[:, None]
-        centers[classes[first]] += step
-
-    def _move_centers(self, difference, label, centers):
-        """Eq. 4 without a loop over the samples: with E[i, j] = [y_i = y_j], shape (B, B), row i of E.difference / (1 + sum_j E[i, j])
-        is the step of the center of sample i. It is the same for every sample of that class, so that a scatter that sets is well defined.
-        """
-        same = mx.nd.broadcast_equal(label.reshape((-1, 1)), label.reshape((1, -1)))
-        step = mx.nd.broadcast_div(
-            mx.nd.dot(same, difference), 1 + mx.nd.sum(same, axis=1, keepdims=True)
+def _check_shapes(data: Sequence[int], label: Sequence[int]) -> None:
+    if len(data) != 2:
+        raise ValueError(f'centerloss: data of shape {tuple(data)} is not (batch, dimension)')
+    if label and (len(label) != 1 or 0 < label[0] != data[0] > 0):  # 0: not known yet
+        raise ValueError(
+            f'centerloss: label of shape {tuple(label)} does not belong to data of shape '
+            f'{tuple(data)}: it has to be ({data[0]},)'
         )
-        centers[label] = mx.nd.take(centers, label) + self.alpha * step
-
-    def _check(self, label):
-        """Raise ValueError for a label, of float32 (B,), that is no class."""
-        wrong = (label != np.trunc(label)) | ~(label >= 0) | (label >= self.num_class)
-        if wrong.any():
-            position = int(wrong.argmax())
-            raise ValueError(
-                f'centerloss: label {label[position]:g} at position {position} of the batch is not a whole number '
-                f'from 0 to {self.num_class - 1} (num_class={self.num_class})'
-            )
 
 
-def _write(target, req, value):
-    """Store a result the way the executor asks for: 'null' not at all, 'add' on top of what is there, otherwise in its place."""
+def _check_types(data: type | None, label: type | None) -> None:
+    if data not in (None, np.float32):
+        raise ValueError(f'centerloss: data of type {np.dtype(data)} is not float32')
+    if label not in (None, np.float32) and not np.issubdtype(label, np.integer):
+        raise ValueError(
+            f'centerloss: label of type {np.dtype(label)} is neither float32 nor an integer type'
+        )
+
+
+def _check_labels(label: np.ndarray, num_class: int) -> np.ndarray:
+    """Return the labels as int64, (B,)."""
+    with np.errstate(invalid='ignore'):
+        classes = label.astype(np.int64)
+    wrong = (classes != label) | (classes < 0) | (classes >= num_class)
+    if wrong.any():
+        position = int(wrong.argmax())
+        raise ValueError(
+            f'centerloss: label {label[position]:g} at position {position} of the batch is not '
+            f'a whole number from 0 to {num_class - 1} (num_class={num_class})'
+        )
+    return classes
+
+
+def _write(target: np.ndarray, req: str, value: np.ndarray | float) -> None:
+    """Store a result as the executor requests: not at all, added, or in place of the old one."""
     if req == 'add':
         target += value
     elif req != 'null':
         target[...] = value
 
 
-def read_centers(centers, classes):
-    """The centers of some classes, (n, d), from an NDArray (K, d). It waits until everything has come to rest: the engine is not told that the
-    operator's backward writes the centers, and would let them be read while a step is under way.
-    """
-    mx.nd.waitall()
-    if centers.context.device_type == 'gpu':
-        return mx.nd.take(centers, mx.nd.array(classes, ctx=centers.context)).asnumpy()
-    return memory_of(centers)[classes.astype(np.int64)]
+class CenterLoss(mx.operator.CustomOp):
+    """Eq. 2 to 4 for one device: the form for the CPU."""
+
+    def __init__(self, num_class, alpha, factor, out_grad):
+        super().__init__()
+        self.num_class = num_class
+        self.alpha = alpha
+        self.factor = factor
+        self.out_grad = out_grad
+        self.difference = None  # x - c_y of the last forward, which its backward needs
+
+    def forward(self, is_train, req, in_data, out_data, aux):
+        """Write the loss of every sample, (B,); in training also move the centers."""
+        data, label, centers = map(memory_view, (*in_data, *aux))
+        classes = _check_labels(label, self.num_class)
+        with np.errstate(over='ignore', invalid='ignore'):  # a training that diverges
+            difference = data - centers[classes]  # (B, d)
+            loss = 0.5 * np.einsum('ij,ij->i', difference, difference)
+            _write(memory_view(out_data[0]), req[0], loss)
+            if is_train:
+                self._move_centers(difference, classes, centers)
+        self.difference = difference
+
+    def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
+        """Write the gradient of the embeddings, (B, d); the label has none."""
+        with np.errstate(over='ignore', invalid='ignore'):
+            gradient = self.factor * self.difference
+            if self.out_grad:
+                gradient *= memory_view(out_grad[0])[:, None]
+            _write(memory_view(in_grad[0]), req[0], gradient)
+        _write(memory_view(in_grad[1]), req[1], 0)
+
+    def _move_centers(self, difference, classes, centers):
+        """Eq. 4 on the centers of the classes in the batch."""
+        order = classes.argsort(kind='stable')  # the samples of a class stand side by side
+        present, first, count = np.unique(classes[order], return_index=True, return_counts=True)
+        total = difference[order[first]]  # (classes present, d)
+        several = count > 1
+        if several.any():
+            begin = np.cumsum(count[several]) - count[several]
+            members = order[several.repeat(count)]
+            total[several] = np.add.reduceat(difference[members], begin, axis=0)
+        centers[present] += (self.alpha / (1 + count)).astype(np.float32)[:, None] * total
 
 
-def write_centers(centers, classes, values):
-    """Put ``values`` (n, d) in the place of what :func:`read_centers` reads."""
-    mx.nd.waitall()
-    if centers.context.device_type == 'gpu':
-        centers[mx.nd.array(classes, ctx=centers.context)] = mx.nd.array(
-            values, ctx=centers.context
-        )
-    else:  # a hundredth of the time, with MXNet's threads waiting actively
-        memory_of(centers)[classes.astype(np.int64)] = values
+class CenterLossND(CenterLoss):
+    """The form for GPUs: mx.nd operations only, and no copy to the host."""
+
+    def forward(self, is_train, req, in_data, out_data, aux):
+        """Write the loss of every sample, NaN where the label is no class; move the centers."""
+        data, label, centers = *in_data, *aux
+        label = label.astype('float64')
+        good = (label >= 0) * (label < self.num_class) * (label == label.floor())
+        classes = mx.nd.where(good, label, mx.nd.zeros_like(label)).astype('int32')
+        good = good.astype('float32')
+        difference = data - mx.nd.take(centers, classes)
+        difference = mx.nd.where(good, difference, mx.nd.zeros_like(difference))
+        loss = 0.5 * mx.nd.sum(difference * difference, axis=1)
+        self.assign(out_data[0], req[0], loss / good)  # 0 / 0 is NaN
+        if is_train:
+            same = mx.nd.broadcast_equal(classes.reshape((-1, 1)), classes.reshape((1, -1)))
+            same = mx.nd.broadcast_mul(same.astype('float32'), good.reshape((1, -1)))
+            step = mx.nd.broadcast_div(
+                mx.nd.dot(same, difference), 1 + mx.nd.sum(same, axis=1, keepdims=True)
+            )
+            centers[classes] = mx.nd.take(centers, classes) + self.alpha * step
+        self.difference = difference
+
+    def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
+        """Write the gradient of the embeddings, (B, d); the label has none."""
+        gradient = self.factor * self.difference
+        if self.out_grad:
+            gradient = mx.nd.broadcast_mul(gradient, out_grad[0].reshape((-1, 1)))
+        self.assign(in_grad[0], req[0], gradient)
+        self.assign(in_grad[1], req[1], mx.nd.zeros_like(in_grad[1]))
 
 
 @mx.operator.register('centerloss')
 class CenterLossProp(mx.operator.CustomOpProp):
-    """The operator ``centerloss``: its inputs, shapes and parameters.
+    """The operator ``centerloss``: its inputs, shapes and parameters."""
 
-    Inputs are ``data`` (B, d), the embeddings, and ``label`` (B,), whole numbers in [0, K), both float32. The output (1,) is the batch's
-    mean center loss, sum_i ||x_i - c_{y_i}||^2 / (2 B), whatever ``scale`` is. The one auxiliary state, ``NAME_center_bias`` (K, d),
-    holds the centers; MXNet's initializers zero it because its name ends in ``bias``. It moves in backward only, once per backward.
-
-    Parameters
-    ----------
-    num_class : int
-        K, the number of classes.
-    alpha : float, default 0.5
-        Learning rate of the centers, from 0 (they stay) to 1 (alpha in Eq. 4).
-    scale : float, default 1.0
-        Factor of the gradient with respect to ``data``; lambda of the joint objective (Eq. 5).
-    normalization : {'batch', 'null'}
-        As in SoftmaxOutput: the gradient is scale (x - c_y) / B, or scale (x - c_y). A Module divides every gradient by the total
-        batch itself: 'null' makes it the gradient of the mean there.
-
-    Raises
-    ------
-    ValueError
-        For a parameter or an input shape that does not fit, and for a label that is no class. MXNet prints it, with the value, and
-        raises its own MXNetError where the result is asked for.
-
-    References
-    ----------
-    Wen, Zhang, Li, Qiao, ECCV 2016, Eq. 2 to 5.
-    """
-
-    def __init__(self, num_class=None, alpha=0.5, scale=1.0, normalization='batch', **unknown):
-        super().__init__(need_top_grad=False)
-        # MXNet crashes when a constructor raises. A parameter that does not fit is told by infer_shape, which may.
+    def __init__(
+        self,
+        num_class=None,
+        alpha=0.5,
+        scale=1.0,
+        normalization='batch',
+        out_grad=False,
+        **unknown,
+    ):
+        # MXNet crashes when a constructor raises; infer_shape, which may raise, reports a problem.
         self.problem = None
         self.num_class = self._number(
             'num_class', num_class, int, 'a whole number of at least 1', lambda value: value >= 1
@@ -251,11 +174,15 @@ class CenterLossProp(mx.operator.CustomOpProp):
         self.normalization = normalization
         if normalization not in ('batch', 'null'):
             self.problem = f"normalization={normalization!r} is neither 'batch' nor 'null'"
+        self.out_grad = str(out_grad).lower() in ('true', '1')
+        if str(out_grad).lower() not in ('true', '1', 'false', '0'):
+            self.problem = f'out_grad={out_grad} is neither True nor False'
+        unknown = [key for key in unknown if not key.startswith('__')]  # attributes as __ctx_group__
         if unknown:
             self.problem = f'{", ".join(unknown)}: no such parameter'
+        super().__init__(need_top_grad=self.out_grad)
 
     def _number(self, name, text, kind, wanted, fits):
-        """The parameter ``text`` as a number of that kind; what is wrong with it goes to ``self.problem``."""
         try:
             value = kind(text)
         except (TypeError, ValueError):
@@ -277,55 +204,64 @@ class CenterLossProp(mx.operator.CustomOpProp):
         if self.problem:
             raise ValueError(f'centerloss: {self.problem}')
         data, label = in_shape
-        if len(data) != 2:
-            raise ValueError(f'centerloss: data of shape {tuple(data)} is not (batch, dimension)')
-        if label and label != data[:1]:  # an empty shape is one that is still to be inferred
-            raise ValueError(
-                f'centerloss: label of shape {tuple(label)} does not belong to data of shape {tuple(data)}: '
-                f'it has to be ({data[0]},)'
-            )
-        return [data, data[:1]], [[1]], [[self.num_class, data[1]]]
+        data = data or [0, 0]  # not known yet
+        _check_shapes(data, label)
+        return [data, data[:1]], [data[:1]], [[self.num_class, data[1]]]
 
     def infer_type(self, in_type):
-        if any(given != np.float32 for given in in_type):
-            raise ValueError(
-                f'centerloss: inputs of type {[np.dtype(given).name for given in in_type]} are not float32'
-            )
-        return in_type, [np.float32], [np.float32]
+        data, label = in_type
+        _check_types(data, label)
+        return [np.float32, label or np.float32], [np.float32], [np.float32]
 
     def create_operator(self, ctx, in_shapes, in_dtypes):
-        return CenterLoss(
-            self.num_class,
-            self.alpha,
-            self.scale,
-            self.normalization,
-            in_shapes[0],
-            on_cpu=ctx.device_type != 'gpu',
+        form = CenterLossND if ctx.device_type == 'gpu' else CenterLoss
+        batch = in_shapes[0][0] if self.normalization == 'batch' else 1
+        return form(self.num_class, self.alpha, self.scale / batch, self.out_grad)
+
+
+class CenterLossBlock(mx.gluon.HybridBlock):
+    """Center loss as a Gluon loss, (B,): ``ce(output, y) + lam * center(embedding, y)``."""
+
+    def __init__(
+        self, num_classes: int, dimension: int, alpha: float = 0.5, prefix=None, params=None
+    ):
+        super().__init__(prefix=prefix, params=params)
+        self.num_classes = num_classes
+        self.alpha = alpha
+        with self.name_scope():
+            self.centers = self.params.get(
+                'center_bias',
+                shape=(num_classes, dimension),
+                init='zeros',
+                grad_req='null',
+                differentiable=False,
+            )
+
+    def forward(self, embedding, label):
+        """Check what can be checked here, so that Python's exception has the sentence."""
+        if isinstance(embedding, mx.nd.NDArray):
+            _check_shapes(embedding.shape, label.shape)
+            _check_types(embedding.dtype, label.dtype)
+            if label.context.device_type != 'gpu':
+                _check_labels(label.asnumpy(), self.num_classes)
+        return super().forward(embedding, label)
+
+    def hybrid_forward(self, F, embedding, label, centers):
+        """Compute the loss with the operator."""
+        return F.Custom(
+            embedding,
+            label,
+            centers,
+            op_type='centerloss',
+            num_class=self.num_classes,
+            alpha=self.alpha,
+            normalization='null',
+            out_grad=True,
         )
 
 
-@atexit.register
-def come_to_rest():
-    """Let the steps that are under way come to their end before MXNet's own exit handler runs: it stops the threads that call back into Python first,
-    and would then wait for ever for a backward pass that still needs them.
-    """
-    with contextlib.suppress(
-        mx.MXNetError
-    ):  # of a step that failed: whoever asked for its result was told
-        mx.nd.waitall()
-
-
-def _as_numpy(array):
-    return array if isinstance(array, np.ndarray) else array.asnumpy()
-
-
 class _MeanOverImages(mx.metric.EvalMetric):
-    """The mean over images of a quantity; what is local goes with ``reset_local``, what is global lasts until ``reset``.
-
-    A batch is queued without waiting for the device, so that the next steps can be queued behind it, and counted when somebody asks for the mean.
-    The arrays that it was given may change in between. Where MXNet is synchronous they are there already, and NumPy is faster than another operation.
-    ``not_finite`` is None, or (images, mean) by the first batch since ``reset`` that was not finite.
-    """
+    """The mean over images of a quantity that ``per_image`` computes from a label and an output."""
 
     def __init__(self, name, output_names, label_names):
         super().__init__(
@@ -335,70 +271,52 @@ class _MeanOverImages(mx.metric.EvalMetric):
             has_global_stats=True,
         )
 
-    def reset(self):
-        self._queued = []
-        self.not_finite = None
-        super().reset()
-
-    def reset_local(self):
-        self._count_queued()
-        super().reset_local()
+    def update_dict(self, label, pred):
+        """Update from labels and outputs by name; one label under any name is the label."""
+        if len(label) == 1:
+            label = dict.fromkeys(self.label_names, *label.values())
+        super().update_dict(label, pred)
 
     def update(self, labels, preds):
-        self._queued.append(self._queue(labels, preds))
-        if len(self._queued) == MOST_QUEUED:
-            self._count_queued()
-
-    def get(self):
-        self._count_queued()
-        return super().get()
-
-    def get_global(self):
-        self._count_queued()
-        return super().get_global()
-
-    def _count_queued(self):
-        queued, self._queued = self._queued, []
-        for batch in queued:
-            total, images = self._count(*batch)
+        """Count the images of a batch: lists of NDArrays, one of each for every device."""
+        for label, pred in zip(labels, preds):
+            values = self.per_image(label.asnumpy(), pred.asnumpy())
+            total = float(values.sum(dtype=np.float64))
             self.sum_metric += total
             self.global_sum_metric += total
-            self.num_inst += images
-            self.global_num_inst += images
-            if self.not_finite is None and not np.isfinite(total):
-                self.not_finite = (
-                    self.global_num_inst,
-                    self.global_sum_metric / self.global_num_inst,
-                )
+            self.num_inst += len(values)
+            self.global_num_inst += len(values)
 
 
 class Accuracy(_MeanOverImages):
-    """Share of the images whose most probable class is their label; every image counts once, whatever the batches.
-
-    It takes the output ``softmax_output`` (B, K) and the label ``softmax_label`` (B,).
-    """
+    """Share of the images whose most probable class is their label."""
 
     def __init__(
         self, name='accuracy', output_names=('softmax_output',), label_names=('softmax_label',)
     ):
         super().__init__(name, output_names, label_names)
 
-    def _queue(self, labels, preds):
-        predicted = (
-            preds[0].asnumpy().argmax(axis=1) if SYNCHRONOUS else mx.nd.argmax(preds[0], axis=1)
-        )
-        return predicted, labels[0].asnumpy()
+    def per_image(self, label, probability):
+        """1 where the most probable class is the label, otherwise 0."""
+        return probability.argmax(axis=1) == label
 
-    def _count(self, predicted, label):
-        return np.count_nonzero(_as_numpy(predicted) == label), len(label)
+
+class CrossEntropy(_MeanOverImages):
+    """Mean over the images of -log p[label]."""
+
+    def __init__(
+        self, name='cross_entropy', output_names=('softmax_output',), label_names=('softmax_label',)
+    ):
+        super().__init__(name, output_names, label_names)
+
+    def per_image(self, label, probability):
+        """-log p[label], at most 87.3, or NaN."""
+        chosen = probability[np.arange(len(label)), label.astype(np.int64)]
+        return -np.log(np.maximum(chosen, np.finfo(np.float32).tiny))
 
 
 class CenterLossMetric(_MeanOverImages):
-    """Mean over the images of 1/2 ||x_i - c_{y_i}||^2 (Eq. 2), from the operator's output, whatever the batches and devices.
-
-    It takes the output ``center_loss_output``, shape (1,), or one number per device in a Module's merged outputs, and the label
-    ``center_label`` (B,). Each number is the mean of its device's share of the batch and weighs as much as that share.
-    """
+    """Mean over the images of 1/2 ||x_i - c_{y_i}||^2 (Eq. 2), the operator's output."""
 
     def __init__(
         self,
@@ -408,11 +326,6 @@ class CenterLossMetric(_MeanOverImages):
     ):
         super().__init__(name, output_names, label_names)
 
-    def _queue(self, labels, preds):
-        return preds[0].asnumpy() if SYNCHRONOUS else preds[0].copy(), len(labels[0])
-
-    def _count(self, means, batch_size):
-        means = _as_numpy(means).astype(np.float64)
-        shares = mx.executor_manager._split_input_slice(batch_size, [1] * len(means))
-        images = [share.stop - share.start for share in shares]
-        return float(np.dot(means, images)), sum(images)
+    def per_image(self, label, loss):
+        """The operator's output."""
+        return loss

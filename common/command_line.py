@@ -14,8 +14,8 @@ from common.environment import mx
 from common.errors import Failure, InputError, Terminated
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default that says something."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every default that says something, and the lines of the description as they are."""
 
     def _get_help_string(self, action):
         if action.default in (None, '', False):

@@ -1,0 +1,88 @@
+"""The log of a run: line by line to a file and to stderr."""
+
+import contextlib
+import logging
+import logging.handlers
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from common.errors import Failure, InputError
+
+
+class LogFile(logging.handlers.WatchedFileHandler):
+    """A log file that is opened by its first line, and made anew when somebody deletes it.
+
+    A line that cannot be written, on a full disk say, stops no run: it is reported once on stderr.
+    """
+
+    reported = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Report, once, that the log is incomplete."""
+        if not self.reported:
+            self.reported = True
+            print(
+                f'cannot write the log file {self.baseFilename} ({sys.exc_info()[1]}): '
+                'training goes on without it',
+                file=sys.stderr,
+            )
+
+
+def check_log_path(path: Path) -> None:
+    """Create the folder of a log file; raise InputError where the log could not be written."""
+    problem = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            problem = 'it is not a regular file'
+        elif not os.access(path if path.exists() else path.parent, os.W_OK):
+            problem = 'no permission'
+    except OSError as error:
+        problem = error.strerror
+    if problem:
+        raise InputError(
+            f'cannot write the log file {path}: {problem}; see --log_dir and --log_file'
+        )
+
+
+@contextlib.contextmanager
+def log_to(path: Path, rank: int = 0) -> Iterator[None]:
+    """Send the root logger, which MXNet writes to, to a file and to stderr.
+
+    On a terminal the lines appear above the progress bar. A :class:`Failure` that ends the block is
+    logged to the file, unless nothing has been logged before it: a mistake that is found at once
+    writes no log.
+
+    Parameters
+    ----------
+    path
+        The file, which is appended to.
+    rank
+        The number of this worker, which every line names.
+    """
+    check_log_path(path)
+    logger, file, console = logging.getLogger(), LogFile(path, delay=True), logging.StreamHandler()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    for handler in (file, console):
+        handler.setFormatter(logging.Formatter(f'%(asctime)-15s Node[{rank}] %(message)s'))
+        logger.addHandler(handler)
+    try:
+        with logging_redirect_tqdm() if sys.stderr.isatty() else contextlib.nullcontext():
+            yield
+    except Failure as failure:
+        logger.removeHandler(console)  # the script prints it on stderr
+        if file.stream is not None:
+            logging.error('%s', failure)
+        raise
+    finally:
+        logger.setLevel(level)
+        for handler in (file, console):
+            logger.removeHandler(handler)
+            with contextlib.suppress(OSError):  # a full disk has been reported
+                handler.close()
