@@ -41,6 +41,7 @@ from common.training_options import add_training_arguments
 from train_model import fit
 
 NUM_CLASSES = 10
+SCRIPT = sys.argv[0] if __name__ == '__main__' else __file__  # a program may call main()
 
 
 def lenet(image: mx.sym.Symbol) -> mx.sym.Symbol:
@@ -365,13 +366,13 @@ def start_workers(args, argv, load_data, devices, how_to_continue):
         saved = [path for path in paths if path.stat().st_mtime >= begin]
         return describe_saved(checkpoints.prefix, saved, how_to_continue)
 
-    run_workers([sys.executable, sys.argv[0], *argv], args.num_workers, resume_hint)
+    run_workers([sys.executable, SCRIPT, *argv], args.num_workers, resume_hint)
 
 
 def main(argv: Sequence[str] = ()) -> None:
     """Train as the command line says, and print how accurate the result is."""
     args = parse_args(argv)
-    command = ['python', sys.argv[0], *argv, *([] if args.resume else ['--resume'])]
+    command = ['python', SCRIPT, *argv, *([] if args.resume else ['--resume'])]
     how_to_continue = f'continue with: {shlex.join(command)}'
     if ROLE in ('scheduler', 'server'):
         serve(lambda: how_to_continue)

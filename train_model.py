@@ -4,12 +4,13 @@
 nothing of the network and of the data but what it is given.
 """
 
+import argparse
 import contextlib
 import inspect
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from common.checkpoints import Checkpoints
 from common.devices import check_equal_shares
 from common.distributed import check_agreement, connected
 from common.errors import Failure, InputError
-from common.log_file import log_to
+from common.log_file import log_to, log_when_stopped
 from common.module import Module
 from common.monitoring import TrainingMonitor, WidestDifference, check_not_diverged
 from common.start import (
@@ -144,6 +145,7 @@ def fit(
     """
     devices = list(devices or [mx.cpu()])
     check_equal_shares(batch_size, devices)
+    momentum_option = {'momentum': momentum} if has_momentum(optimizer) else {}
     checkpoints = Checkpoints(save_model_prefix)
     log_path = Path(log_dir).expanduser() / log_file
     if checkpoints.owns(log_path):
@@ -163,21 +165,22 @@ def fit(
             checkpoints.check_writable()
             stack.enter_context(checkpoints.lock())
 
-        # The data, and how much there is of it.
-        if callable(data):
-            data = data(batch_size, num_parts=kv.num_workers, part_index=kv.rank)
-        train, val = data
-        num_batches = count_batches(train)
-        check_divisible(val, len(devices))
-
         # Where to begin: at a checkpoint that rank 0 has read, or at epoch 0.
         start = Start()
         if kv.rank == 0:
             earlier = checkpoints.epochs()
             source = Checkpoints(model_prefix or save_model_prefix)
             start = find_start(checkpoints, source, load_epoch, resume, num_epochs)
-            start = match_parameters(start, network, train)
             saved_epochs += [epoch for epoch in earlier if start.resumed and epoch <= start.epoch]
+
+        # The data, and how much there is of it.
+        if callable(data):
+            data = data(batch_size, num_parts=kv.num_workers, part_index=kv.rank)
+        train, val = data
+        num_batches = count_batches(train)
+        check_divisible(val, len(devices))
+        if kv.rank == 0:
+            start = match_parameters(start, network, train)
         if kv.num_workers > 1:
             start = share_start(kv, start)
         if start.epoch:
@@ -193,7 +196,8 @@ def fit(
             **{'num_workers': kv.num_workers, 'batches_per_epoch': num_batches},
         }
         options = json.loads(json.dumps(options))
-        logging.info('start with arguments %s', {**(record or {}), **options})
+        arguments = argparse.Namespace(**{**(record or {}), **options})
+        logging.info('start with arguments %s', arguments)
         warn_of_changes(start, options)
         if kv.num_workers > 1:
             check_agreement(kv, options)
@@ -207,6 +211,7 @@ def fit(
             label_names=[desc.name for desc in train.provide_label],
             context=devices,
         )
+        module.validation_scores = {}
         average = Average(average_weights if kv.rank == 0 else 0, module, start.average)
 
         def finish_epoch(epoch, symbol, *params_of_last_step):
@@ -238,7 +243,7 @@ def fit(
             """Epochs to remove: of the run that had the prefix before, and the oldest of this."""
             replaced = [] if start.epoch or saved_epochs else earlier
             kept = keep_checkpoints - 1 if keep_checkpoints else len(saved_epochs)
-            return [*replaced, *saved_epochs[: len(saved_epochs) - kept]]
+            return [*replaced, *saved_epochs[: max(0, len(saved_epochs) - kept)]]
 
         monitor = TrainingMonitor(batch_size, num_batches, num_epochs, shown=kv.rank == 0)
         callbacks = [average, stack.enter_context(monitor)]
@@ -258,7 +263,7 @@ def fit(
                     'lr_scheduler': lr_schedule(
                         lr, lr_factor, lr_factor_epoch * num_batches, warmup_epochs * num_batches
                     ),
-                    **({'momentum': momentum} if has_momentum(optimizer) else {}),
+                    **momentum_option,
                 },
                 initializer=initializer or mx.init.Xavier(),
                 arg_params=start.arg_params,
@@ -308,7 +313,7 @@ def has_momentum(optimizer: str) -> bool:
     """Return whether an MXNet optimizer takes the option momentum."""
     kind = mx.optimizer.Optimizer.opt_registry.get(optimizer.lower())
     if kind is None:
-        raise InputError(f'--optimizer={optimizer}: MXNet has no such optimizer')
+        raise InputError(f'optimizer={optimizer!r}: MXNet has no such optimizer')
     return 'momentum' in inspect.signature(kind).parameters
 
 
@@ -341,13 +346,3 @@ def validate(module: Module, val: mx.io.DataIter) -> tuple[dict[str, float], flo
     reported, difference = metrics(), WidestDifference()
     module.score(val, mx.metric.CompositeEvalMetric([*reported.metrics, difference]))
     return dict(reported.get_name_value()), difference.get()[1]
-
-
-@contextlib.contextmanager
-def log_when_stopped(resume_hint: Callable[[], str]) -> Iterator[None]:
-    """Log which checkpoint stands and how to continue where Ctrl-C or SIGTERM ends the block."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        logging.warning('stopped: %s', resume_hint())
-        raise

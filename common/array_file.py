@@ -1,13 +1,13 @@
-"""MXNet's file of named arrays, as ``mx.nd.save`` writes it, written and read in Python.
+"""MXNet's file of named arrays, what ``mx.nd.save`` writes, encoded and decoded in Python.
 
-MXNet's own reader believes every length that a file announces: a flipped bit makes it allocate
-gigabytes, run for ever or crash. This one takes nothing that is not there. And MXNet's writer does
-not notice a full disk.
+MXNet's own reader believes every length in a file: one flipped bit, and it allocates gigabytes,
+runs for minutes or crashes. Its writer does not notice a full disk, and each use of both leaks.
 
-    file    list magic u64, reserved u64, count u64, arrays, count u64, names (length u64, UTF-8)
-    array   magic u32, [storage i32,] ndim u32, dimensions i64, device (i32, i32), type i32, values
+    file    magic u64, reserved u64, count u64, arrays, count u64, names (length u64, UTF-8)
+    array   magic u32, [storage i32,] ndim u32, shape i64, device 2 x i32, type i32, values
 """
 
+import json
 import math
 import struct
 from collections.abc import Iterator, Mapping
@@ -16,33 +16,27 @@ import numpy as np
 
 from common.environment import mx
 
-LIST_MAGIC = 0x112
-V1, V2, V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA  # before V1 the magic was ndim itself
+MAGIC = struct.pack('<Q', 0x112)
+V1, V2, V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA  # before V1 ndim was in its place, and shape u32
 DTYPES = [
     np.dtype(name) for name in ('f4', 'f8', 'f2', 'u1', 'i4', 'i1', 'i8', '?')
 ]  # MXNet's order
-MAX_DIMENSIONS = 32  # NumPy's own limit
+CPU = 1
 
 
 def encode_arrays(arrays: Mapping[str, mx.nd.NDArray]) -> Iterator[bytes | memoryview]:
-    """Yield the file piece by piece, the bytes that ``mx.nd.save`` writes for a dict on the CPU."""
-    yield struct.pack('<QQQ', LIST_MAGIC, 0, len(arrays))
+    """Yield, piece by piece, the bytes that ``mx.nd.save`` writes for arrays on the CPU."""
+    yield MAGIC + struct.pack('<QQ', 0, len(arrays))
     for array in arrays.values():
         values = np.ascontiguousarray(array.asnumpy())
-        type_number = DTYPES.index(values.dtype)
-        shape = array.shape
-        yield struct.pack(f'<IiI{len(shape)}q', V2, 0, len(shape), *shape)
-        yield struct.pack('<iii', 1, 0, type_number)  # device 1 is the CPU
+        dtype = DTYPES.index(values.dtype)
+        yield struct.pack(
+            f'<IiI{values.ndim}qiii', V2, 0, values.ndim, *values.shape, CPU, 0, dtype
+        )
         yield values.reshape(-1).view(np.uint8).data
     yield struct.pack('<Q', len(arrays))
-    for name in arrays:
-        encoded = name.encode()
-        yield struct.pack('<Q', len(encoded)) + encoded
-
-
-def is_array_file(data: bytes) -> bool:
-    """Whether ``data`` begins as a file of arrays does."""
-    return data[:8] == struct.pack('<Q', LIST_MAGIC)
+    for name in map(str.encode, arrays):
+        yield struct.pack('<Q', len(name)) + name
 
 
 def decode_arrays(data: bytes) -> dict[str, mx.nd.NDArray]:
@@ -53,59 +47,115 @@ def decode_arrays(data: bytes) -> dict[str, mx.nd.NDArray]:
     ValueError
         If ``data`` is not a whole file of dense named arrays. The text says why.
     """
-    reader = _Reader(data)
-    if not is_array_file(data):
+    if not data.startswith(MAGIC):
         raise ValueError('it is not a file of MXNet arrays')
-    reader.take('QQ')
-    views = [reader.array() for _ in range(reader.count(smallest=12))]
-    names = [reader.name() for _ in range(reader.count(smallest=8))]
-    if reader.position != len(data):
-        raise ValueError(f'it goes on for {len(data) - reader.position} bytes after its end')
-    if len(names) != len(views) or len(set(names)) != len(names):
-        raise ValueError(f'its {len(views)} arrays have {len(set(names))} names')
+    reader = _Reader(data)
+    _, _, count = reader.unpack('QQQ')
+    values = [reader.array() for _ in range(count)]
+    (count,) = reader.unpack('Q')
+    names = [str(reader.bytes(*reader.unpack('Q')), 'utf-8') for _ in range(count)]
+    if reader.position != len(data) or len(set(names)) != len(values):
+        raise ValueError(f'it has {len(values)} arrays, {len(set(names))} names')
     return {
-        name: mx.nd.array(view, dtype=view.dtype) for name, view in zip(names, views, strict=True)
+        name: mx.nd.array(value, dtype=value.dtype)
+        for name, value in zip(names, values, strict=True)
     }
 
 
 class _Reader:
-    """Takes one thing after the other from bytes; what is not there raises ValueError."""
+    """Takes one thing after the other from bytes; raises ValueError for what is not there."""
 
     def __init__(self, data):
-        self.data = data
+        self.data = memoryview(data)
         self.position = 0
 
     def bytes(self, size):
         begin, self.position = self.position, self.position + size
         if self.position > len(self.data):
-            raise ValueError(f'it ends at byte {len(self.data)} of at least {self.position}')
-        return memoryview(self.data)[begin : self.position]
+            raise ValueError(f'it has {len(self.data)} bytes, and announces {self.position}')
+        return self.data[begin : self.position]
 
-    def take(self, layout):
+    def unpack(self, layout):
         return struct.unpack(f'<{layout}', self.bytes(struct.calcsize(f'<{layout}')))
 
-    def count(self, smallest):
-        """Return how many things follow, of ``smallest`` bytes each at least."""
-        (count,) = self.take('Q')
-        if count * smallest > len(self.data) - self.position:
-            raise ValueError(f'it announces {count} items, which do not fit in its size')
-        return count
-
-    def name(self):
-        return str(self.bytes(self.count(smallest=1)), 'utf-8')  # UnicodeError is a ValueError
-
     def array(self):
-        (magic,) = self.take('I')
-        if magic in (V2, V3):
-            (storage,) = self.take('i')
-            if storage != 0:
-                raise ValueError(f'it holds an array of storage type {storage}, not a dense one')
-        ndim = self.take('I')[0] if magic in (V1, V2, V3) else magic
-        if not 1 <= ndim <= MAX_DIMENSIONS:
-            raise ValueError(f'it holds an array of {ndim} dimensions')
-        shape = self.take(f'{ndim}{"q" if magic in (V1, V2, V3) else "I"}')
-        _, _, type_number = self.take('iii')
-        if not 0 <= type_number < len(DTYPES) or min(shape) < 1:
-            raise ValueError(f'it holds an array of shape {shape} and type {type_number}')
-        values = self.bytes(math.prod(shape) * DTYPES[type_number].itemsize)
-        return np.frombuffer(values, DTYPES[type_number]).reshape(shape)
+        (version,) = self.unpack('I')
+        storage = self.unpack('i')[0] if version in (V2, V3) else 0
+        ndim = self.unpack('I')[0] if version in (V1, V2, V3) else version
+        shape = self.unpack(f'{ndim}{"q" if version in (V1, V2, V3) else "I"}')
+        _, _, dtype = self.unpack('iii')
+        if storage != 0 or min(shape, default=0) < 1 or not 0 <= dtype < len(DTYPES):
+            raise ValueError(f'it has an array of storage {storage}, shape {shape}, type {dtype}')
+        values = self.bytes(math.prod(shape) * DTYPES[dtype].itemsize)
+        return np.frombuffer(values, DTYPES[dtype]).reshape(shape)
+
+
+def tagged(arg_params: Mapping, aux_params: Mapping) -> dict:
+    """Join weights and centers under 'arg:NAME' and 'aux:NAME', as MXNet's .params files do."""
+    return {
+        **{f'arg:{name}': value for name, value in arg_params.items()},
+        **{f'aux:{name}': value for name, value in aux_params.items()},
+    }
+
+
+def untagged(arrays: Mapping) -> tuple[dict, dict]:
+    """Split what :func:`tagged` has joined into (arg_params, aux_params)."""
+    return tuple(
+        {name[4:]: value for name, value in arrays.items() if name.startswith(kind)}
+        for kind in ('arg:', 'aux:')
+    )
+
+
+def decode_former_states(data: bytes) -> dict | None:
+    """Return what a .states says that this program wrote in its first form, None for another's.
+
+    It has the momentum, the last step where weights are averages, the options, and the digest of
+    the .params. Raises ValueError if it is damaged, as far as that can be told.
+    """
+    if not data.startswith(MAGIC):
+        return None  # a pickle of MXNet's
+    arrays = decode_arrays(data)
+    try:
+        digest, options = (arrays.pop(name).asnumpy().tobytes() for name in ('digest', 'options'))
+        options = {**json.loads(options)}
+    except (KeyError, TypeError):
+        raise ValueError('it has no digest, or no options') from None
+    return {
+        'files': {'params': {'sha256': digest.hex()}},
+        'options': options,
+        'state': {
+            name.replace('momentum:', 'optimizer0:', 1): value for name, value in arrays.items()
+        },
+    }
+
+
+def former_state_fits(state: Mapping, params: Mapping) -> bool:
+    """Whether a state in its first form has all arrays, in the shapes of the tagged ``params``."""
+    momentum = {
+        name.replace('arg:', 'optimizer0:', 1): value.shape
+        for name, value in params.items()
+        if name.startswith('arg:')
+    }
+    last = {f'last:{name}': value.shape for name, value in params.items()}
+    return {name: value.shape for name, value in state.items()} in (momentum, {**momentum, **last})
+
+
+ORIGINAL_NAMES = {
+    'convolution0': 'conv1',
+    'convolution1': 'conv2',
+    'fullyconnected0': 'fc1',
+    'center_loss__center': 'center_loss_center_bias',
+}
+
+
+def rename_original(arg_params: Mapping, aux_params: Mapping) -> tuple[dict, dict]:
+    """Return parameters with the names that those of the original of 2016 have here."""
+
+    def renamed(name):
+        layer, separator, rest = name.partition('_')
+        return ORIGINAL_NAMES.get(name, ORIGINAL_NAMES.get(layer, layer) + separator + rest)
+
+    return tuple(
+        {renamed(name): value for name, value in params.items()}
+        for params in (arg_params, aux_params)
+    )

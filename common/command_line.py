@@ -1,7 +1,6 @@
 """What the command lines share: the parser, types for its options, and how a script ends."""
 
 import argparse
-import contextlib
 import math
 import os
 import signal
@@ -80,8 +79,10 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
             signal.signal(signal_number, interrupt)
     try:
         main(sys.argv[1:])
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
+        print(end='', flush=True)
+    except BrokenPipeError:  # nobody reads on, as in `python train.py --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(128 + signal.SIGPIPE)
     except Failure as failure:
         print(f'{Path(sys.argv[0]).name}: error: {failure}', file=sys.stderr)
         sys.exit(failure.exit_status)

@@ -28,6 +28,7 @@ from common.errors import Failure, InputError
 
 START_TIMEOUT = 120  # seconds from the start of the first node to that of the last
 NODE_GROUPS = {'the scheduler': 1, 'a server': 2, 'a worker': 4}  # their numbers in ps-lite
+MAY_DIFFER = {'gpus', 'cpus'}  # options of a worker alone
 REPORT_DELAY = 5  # seconds by which worker 0 is ahead in reporting a mistake that all workers find
 
 
@@ -95,7 +96,7 @@ def check_agreement(kv: mx.kv.KVStore, options: Mapping) -> None:
     theirs = json.loads(text.tobytes())
     different = [
         f'{name}: {options.get(name)} here, {theirs.get(name)} there'
-        for name in sorted({*options, *theirs})
+        for name in sorted({*options, *theirs} - MAY_DIFFER)
         if json.dumps(options.get(name)) != json.dumps(theirs.get(name))
     ]
     if different:
@@ -161,10 +162,8 @@ def waiting_in_mxnet() -> Iterator[None]:
     except mx.MXNetError as error:
         names = sorted(name for name in os.environ if name == 'PORT' or name.startswith('DMLC_'))
         settings = ' '.join(f'{name}={os.environ[name]}' for name in names)
-        reason = str(error).splitlines()[-1].removeprefix('MXNetError: ')
-        raise InputError(
-            f'this {ROLE} cannot take part in a run with {settings}: {reason}'
-        ) from None
+        reason = str(error).splitlines()[-1]
+        raise InputError(f'this {ROLE} cannot take part with {settings}: {reason}') from None
     finally:
         for signal_number, handler in handlers.items():
             signal.signal(signal_number, handler)

@@ -1,153 +1,141 @@
-"""Downloads over TLS that give up in time: :func:`fetch`."""
+"""Downloads over TLS that are checked before use and given up in time."""
 
-import http.client
 import logging
-import queue
+import tempfile
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urljoin, urlsplit
 
 import requests
-import urllib3
 from tqdm import tqdm
+from urllib3.exceptions import MaxRetryError
 
 from common.errors import InputError
+from common.files import replace_when_whole
 
-SILENCE_SECONDS = 8  # a server that sends nothing for so long is given up; two take less than 20 s
-SLOW_SECONDS, SLOW_BYTES = 20, 200_000  # less in so many seconds is too slow
-NOTICE_SECONDS = 1
-CHUNK_SIZE = 1 << 13
-
-
-class DownloadError(InputError):
-    """A download that failed: the host and, in a few words, the reason."""
-
-
-class SlowNetworkError(DownloadError):
-    """No time is left, or the network is too slow for another server to help."""
+ALLOWED_ADDRESSES = ['https://']  # beginnings; the tests add their own server
+MAX_SIZE = 64_000_000  # bytes; the largest of the files has 47 million before compression
+TIMEOUTS = (2, 8)  # seconds to connect to one of a mirror's addresses, and to wait for more
+# All is given up without a byte in ANSWER_SECONDS, below MIN_RATE bytes/s over RATE_SECONDS, and
+# after MAX_SECONDS.
+ANSWER_SECONDS = 18
+MIN_RATE, RATE_SECONDS = 10_000, 20
+MAX_SECONDS = 300
 
 
-def fetch(url: str, max_size: int, deadline: float, notice: str | None = None) -> bytes:
-    """Download ``url`` into memory, with a progress bar on a terminal.
+def download(
+    name: str,
+    mirrors: tuple[str, ...],
+    folder: Path,
+    sha256: dict[str, str],
+    digest_of: Callable[[Path], str | None],
+) -> None:
+    """Download what a folder lacks of a data set, from the first of several mirrors that has it.
 
-    A thread of its own receives, so that nothing (a name server that hangs, headers that come byte
-    by byte) can hold up the caller.
+    A thread receives, so that nothing holds up the caller for longer than is said above, neither a
+    name server that hangs nor headers that come byte by byte. Several processes may download at
+    once: each moves whole files into place.
 
     Parameters
     ----------
-    url
-        An https address; http on this machine only, which also holds for redirects.
-    max_size
-        In bytes; a longer answer is refused.
-    deadline
-        On the clock of ``time.monotonic``.
-    notice
-        What is logged, once, if nothing has come after a second.
+    name
+        What the data set is called in messages.
+    mirrors
+        Addresses of folders, ending in a slash.
+    sha256
+        ``digest_of`` each file, by its name.
 
     Raises
     ------
-    DownloadError
-        For any failure.
+    InputError
+        With the reason for each mirror.
     """
-    host = urlsplit(url).hostname
-    chunks: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
-    stopped = threading.Event()
-    body = bytearray()
-    begin = last = window_begin = time.monotonic()
-    window_size = 0
-    with tqdm(
-        desc=url.rsplit('/', 1)[-1], unit='B', unit_scale=True, disable=None, leave=False
-    ) as progress:
-        threading.Thread(
-            target=_receive, args=(url, chunks, stopped, progress), daemon=True
-        ).start()
-        try:
-            while True:
-                try:
-                    chunk = chunks.get(timeout=0.1)
-                except queue.Empty:
-                    chunk = None
-                now = time.monotonic()
-                if isinstance(chunk, Exception):
-                    raise DownloadError(f'{host}: {_reason(chunk)}')
-                if chunk == b'':
-                    return bytes(body)
-                if chunk is not None:
-                    body += chunk
-                    progress.update(len(chunk))
-                    last = now
-                if len(body) > max_size:
-                    raise DownloadError(f'{host}: it sends more than {max_size} bytes')
-                if now > deadline:
-                    raise SlowNetworkError(f'{host}: not done in time')
-                if now - last > SILENCE_SECONDS:
-                    what = 'stalled' if body else 'no answer'
-                    raise DownloadError(f'{host}: {what} for {SILENCE_SECONDS} s')
-                if now - window_begin > SLOW_SECONDS:
-                    if len(body) - window_size < SLOW_BYTES:
-                        rate = SLOW_BYTES // SLOW_SECONDS // 1000
-                        raise SlowNetworkError(f'{host}: slower than {rate} kB/s')
-                    window_begin, window_size = now, len(body)
-                if notice and not body and now - begin > NOTICE_SECONDS:
-                    logging.info('%s', notice)
-                    notice = None
-        finally:
-            stopped.set()
-
-
-def _receive(url, chunks, stopped, progress):
-    """Put the body of ``url`` into ``chunks``, then b'', or the exception that ended it."""
     try:
-        _require_tls(url)
-        with _Session().get(
-            url,
-            headers={'Accept-Encoding': 'identity'},
-            stream=True,
-            timeout=SILENCE_SECONDS,
-        ) as response:
-            response.raise_for_status()
-            progress.total = response.raw.length_remaining
-            for chunk in response.raw.stream(CHUNK_SIZE, decode_content=False):
-                if stopped.is_set():
-                    return
-                if chunk:
-                    chunks.put(chunk)
-        chunks.put(b'')
-    except Exception as error:  # from requests, urllib3, http.client, ValueError: all the same here
-        chunks.put(error)
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f'its folder cannot be written to: {error.strerror}') from None
+    state = SimpleNamespace(host='', received=0, failures=[], is_done=False, is_stopped=False)
+    arguments = (state, mirrors, folder, sha256, digest_of)
+    thread = threading.Thread(target=_try_mirrors, args=arguments, daemon=True)
+    begin = window_begin = time.monotonic()
+    window_received, is_announced = 0, False
+    thread.start()
+    with tqdm(desc=name, unit='B', unit_scale=True, disable=None, leave=False) as bar:
+        while thread.is_alive():
+            thread.join(0.1)
+            bar.update(state.received - bar.n)
+            elapsed, window = time.monotonic() - begin, time.monotonic() - window_begin
+            if elapsed > 1 and not state.received and not is_announced:
+                logging.info(f'looking for {name} at {state.host}')
+                is_announced = True
+            is_slow = state.received - window_received < MIN_RATE * RATE_SECONDS
+            if (
+                elapsed > MAX_SECONDS
+                or (elapsed > ANSWER_SECONDS and not state.received)
+                or (window > RATE_SECONDS and is_slow)
+            ):
+                state.is_stopped = True
+                received = f'{state.received / 1000:.0f} kB in {elapsed:.0f} s'
+                state.failures.append(f'{state.host}: {received}')
+                break
+            if window > RATE_SECONDS or not window_received:
+                window_begin, window_received = time.monotonic(), state.received
+    if not state.is_done:
+        raise InputError('; '.join(state.failures))
 
 
-class _Session(requests.Session):
-    """A session that goes to https addresses only (or to this machine), wherever redirected."""
+def _try_mirrors(state, mirrors, folder, sha256, digest_of):
+    for mirror in mirrors:
+        if state.is_stopped:
+            return
+        state.host = urlsplit(mirror).hostname
+        try:
+            with requests.Session() as session:
+                session.adapters.clear()  # no other address is asked, wherever it is redirected
+                for beginning in ALLOWED_ADDRESSES:
+                    session.mount(beginning, requests.adapters.HTTPAdapter())
+                for file, digest in sha256.items():
+                    if digest_of(folder / file) == digest:
+                        continue
+                    body = _fetch(session, urljoin(mirror, file), state)
+                    with replace_when_whole(folder / file) as temporary:
+                        temporary.write_bytes(body)
+                        if digest_of(temporary) != digest:
+                            raise InputError(f'what it sends is not {file}')
+            state.is_done = True
+            return
+        except Exception as error:  # of requests, urllib3, http.client, ...: all the same here
+            state.failures.append(f'{state.host}: {_reason(error)}')
 
-    def get_redirect_target(self, response):
-        target = super().get_redirect_target(response)
-        if target:
-            _require_tls(urljoin(response.url, target))
-        return target
+
+def _fetch(session, url, state):
+    body = bytearray()
+    headers = {'Accept-Encoding': 'identity'}
+    with session.get(url, headers=headers, stream=True, timeout=TIMEOUTS) as response:
+        response.raise_for_status()
+        for chunk in response.raw.stream(1 << 13, decode_content=False):
+            body += chunk
+            state.received += len(chunk)
+            if state.is_stopped or len(body) > MAX_SIZE:
+                raise InputError(f'it sends more than {MAX_SIZE} bytes')
+    return body
 
 
-def _require_tls(url):
-    address = urlsplit(url)
-    if address.scheme != 'https' and address.hostname not in ('127.0.0.1', 'localhost', '::1'):
-        raise requests.exceptions.InvalidURL(f'{url[:100]!r} is not an https address')
-
-
-def _reason(error: Exception) -> str:
-    """Return a network error in a few words, none of them the server's."""
-    if isinstance(error, requests.HTTPError):
-        status = error.response.status_code
-        return f'{status} {http.client.responses.get(status, "")}'.strip()
-    if isinstance(error, requests.exceptions.InvalidURL):
+def _reason(error):
+    """Return an error in a few words, none of them the server's."""
+    if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, requests.TooManyRedirects):
-        return 'too many redirects'
-    if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
-        return f'no answer for {SILENCE_SECONDS} s'
-    if isinstance(error, requests.exceptions.SSLError):
-        return 'no valid TLS certificate'
-    if isinstance(error, requests.ConnectionError) and isinstance(
-        error.args[0] if error.args else None, urllib3.exceptions.MaxRetryError
-    ):
-        return 'no connection'
-    return f'the answer is damaged ({type(error).__name__})'
+    if isinstance(error, requests.HTTPError):
+        return f'status {error.response.status_code}'
+    if isinstance(error, requests.exceptions.InvalidSchema):
+        return 'redirected to an address without TLS'
+    cause = error.args[0] if error.args else None
+    if isinstance(cause, MaxRetryError):
+        return f'no connection ({type(cause.reason).__name__})'
+    if 'Timeout' in type(error).__name__:
+        return f'no answer in {TIMEOUTS[1]} s'
+    return getattr(error, 'strerror', None) or f'the answer is invalid ({type(error).__name__})'

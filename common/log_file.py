@@ -4,9 +4,8 @@ import contextlib
 import logging
 import logging.handlers
 import os
-import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -15,12 +14,23 @@ from common.errors import Failure, InputError
 
 
 class LogFile(logging.handlers.WatchedFileHandler):
-    """A log file that is opened by its first line, and made anew when somebody deletes it.
+    """A log file that is made by its first line, with its folder, and anew when it is deleted.
 
     A line that cannot be written, on a full disk say, stops no run: it is reported once on stderr.
     """
 
     reported = False
+
+    def _open(self):
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        try:
+            super().emit(record)
+        except OSError:  # the file cannot be made anew
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Report, once, that the log is incomplete."""
@@ -34,13 +44,15 @@ class LogFile(logging.handlers.WatchedFileHandler):
 
 
 def check_log_path(path: Path) -> None:
-    """Create the folder of a log file; raise InputError where the log could not be written."""
+    """Raise InputError where a log file, or the folder that it needs, could not be written."""
     problem = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if nearest == path and not path.is_file():
             problem = 'it is not a regular file'
-        elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        elif nearest != path and not nearest.is_dir():
+            problem = f'{nearest} is not a folder'
+        elif not os.access(nearest, os.W_OK):
             problem = 'no permission'
     except OSError as error:
         problem = error.strerror
@@ -86,3 +98,13 @@ def log_to(path: Path, rank: int = 0) -> Iterator[None]:
             logger.removeHandler(handler)
             with contextlib.suppress(OSError):  # a full disk has been reported
                 handler.close()
+
+
+@contextlib.contextmanager
+def log_when_stopped(resume_hint: Callable[[], str]) -> Iterator[None]:
+    """Log which checkpoint stands and how to continue where Ctrl-C or SIGTERM ends the block."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        logging.warning('stopped: %s', resume_hint())
+        raise

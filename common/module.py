@@ -238,5 +238,5 @@ def write_rows(array: mx.nd.NDArray, rows: np.ndarray, values: np.ndarray) -> No
         index = mx.nd.array(rows, ctx=array.context, dtype=np.int64)
         array[index] = mx.nd.array(values, ctx=array.context)
     else:
-        array.wait_to_write()
+        mx.base.check_call(mx.base._LIB.MXNDArrayWaitToWrite(array.handle))
         memory_view(array)[rows] = values

@@ -1,99 +1,92 @@
-"""The file of a network, MXNet's ``PREFIX-symbol.json``: encoded with a checksum, decoded with care.
+"""The file of a network, MXNet's ``PREFIX-symbol.json``: written with a checksum, read with care.
 
-A network is a program, and MXNet runs whatever it names: ``_Native`` and ``_NDArray`` call function
-pointers at addresses in the file. What is loaded here consists of ordinary layers, arithmetic and
-changes of shape, and of the center loss. MXNet gets a rendition of what was checked, not the file.
+A network is a program, and MXNet runs what it names: ``_Native`` and ``_NDArray`` call function
+pointers at addresses in the file, and numbers in it make others divide by zero or write beyond
+their memory. Only ordinary layers, arithmetic, changes of shape and the center loss are let
+through, and MXNet gets a rendition of what was checked instead of the file.
 """
 
 import hashlib
 import json
 import math
 import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 
-import center_loss  # noqa: F401  (registers the operator)
 from common.environment import mx
+from center_loss import CenterLossProp  # noqa: F401  (registers the operator)
+from common.errors import InputError
 
-# Operators by the least and the greatest number of inputs.
+# Operators by the least and the greatest number of their inputs.
 OPERATORS = {
-    (0, 0): '_zeros _ones _full _arange null',
+    (0, 0): 'null _arange _full _ones _zeros',
     (1, 1): """
         Activation BlockGrad Cast Dropout Flatten L2Normalization LRN MakeLoss Pad Pooling Reshape
-        SliceChannel SoftmaxActivation SwapAxis UpSampling abs argmax argmin broadcast_axis
-        broadcast_to cbrt clip cos depth_to_space erf exp expand_dims expm1 hard_sigmoid identity
-        log log1p log_softmax make_loss max mean min negative norm ones_like prod rcbrt reciprocal
-        relu repeat reverse round rsqrt sigmoid sign sin slice slice_axis softsign space_to_depth
-        sqrt square squeeze sum tan tanh tile transpose zeros_like
-        _copy _div_scalar _equal_scalar _greater_equal_scalar _greater_scalar _lesser_equal_scalar
-        _lesser_scalar _maximum_scalar _minimum_scalar _minus_scalar _mul_scalar _not_equal_scalar
-        _plus_scalar _power_scalar _rdiv_scalar _rminus_scalar _rpower_scalar""",
-    (1, 2): 'LeakyReLU softmax',
+        SliceChannel SoftmaxActivation SwapAxis UpSampling abs argmax broadcast_axis clip
+        depth_to_space erf exp expand_dims hard_sigmoid log log_softmax max mean min negative norm
+        ones_like prod reciprocal relu repeat rsqrt sigmoid sign slice slice_axis softmax softsign
+        space_to_depth sqrt square squeeze sum tanh tile transpose zeros_like _copy _div_scalar
+        _maximum_scalar _minimum_scalar _minus_scalar _mul_scalar _plus_scalar _power_scalar
+        _rdiv_scalar _rminus_scalar _rpower_scalar""",
+    (1, 2): 'LeakyReLU',
     (2, 2): """
-        Custom Embedding LinearRegressionOutput LogisticRegressionOutput MAERegressionOutput
-        SoftmaxOutput batch_dot broadcast_add broadcast_div broadcast_equal broadcast_greater
-        broadcast_greater_equal broadcast_lesser broadcast_lesser_equal broadcast_like
-        broadcast_maximum broadcast_minimum broadcast_mul broadcast_not_equal broadcast_power
-        broadcast_sub dot elemwise_add elemwise_div elemwise_mul elemwise_sub pick reshape_like
-        slice_like smooth_l1 softmax_cross_entropy take
-        _equal _greater _greater_equal _lesser _lesser_equal _maximum _minimum _not_equal _power""",
+        Embedding LinearRegressionOutput LogisticRegressionOutput MAERegressionOutput
+        SoftmaxOutput batch_dot broadcast_add broadcast_div broadcast_like broadcast_maximum
+        broadcast_minimum broadcast_mul broadcast_power broadcast_sub dot elemwise_add elemwise_div
+        elemwise_mul elemwise_sub slice_like""",
     (2, 3): 'Convolution Deconvolution FullyConnected',
-    (3, 3): 'GroupNorm InstanceNorm LayerNorm where',
+    (3, 3): 'Custom GroupNorm InstanceNorm LayerNorm',
     (5, 5): 'BatchNorm',
     (1, 1000): 'Concat add_n stack',
 }
 NUM_INPUTS = {name: bounds for bounds, names in OPERATORS.items() for name in names.split()}
-# Attributes that MXNet divides by, or takes as the number of something, without a look.
-POSITIVE = {
-    'block_size', 'dilate', 'kernel', 'nsize', 'num_args', 'num_class', 'num_filter', 'num_group',
-    'num_groups', 'num_hidden', 'num_outputs', 'output_dim', 'input_dim', 'step', 'stride',
-}  # fmt: skip
-MAX_SIZE = 10**8  # of a number or a shape
+DIVISORS = {'block_size', 'dilate', 'num_group', 'num_groups', 'num_outputs', 'step', 'stride'}
 MAX_NODES = 10_000
+MAX_SIZE = 10**8  # of a number, or of all numbers of a shape together
+MAX_ELEMENTS = 2**31  # of all layers' outputs together, 8 GB
 
 
 def encode_symbol(symbol: mx.sym.Symbol) -> bytes:
-    """Return what ``symbol.save`` writes, with its checksum among the attributes of the graph."""
+    """Return what ``symbol.save`` writes, with a checksum among the attributes of the graph."""
     return _with_checksum(json.loads(symbol.tojson()))
 
 
 def _with_checksum(graph):
     attributes = {key: value for key, value in graph['attrs'].items() if key != 'sha256'}
-    text = json.dumps({**graph, 'attrs': attributes}, indent=1, ensure_ascii=False)
-    checksum = hashlib.sha256(text.encode()).hexdigest()
-    graph = {**graph, 'attrs': {**attributes, 'sha256': ['str', checksum]}}
-    return json.dumps(graph, indent=1, ensure_ascii=False).encode()
+    text = json.dumps({**graph, 'attrs': attributes})
+    attributes['sha256'] = ['str', hashlib.sha256(text.encode()).hexdigest()]
+    return json.dumps({**graph, 'attrs': attributes}, indent=1, ensure_ascii=False).encode()
 
 
 def decode_symbol(data: bytes) -> mx.sym.Symbol:
-    """Return the network of a file.
+    """Return the network of a file. Before it is bound, :func:`output_shapes` has to be called.
 
     Raises
     ------
     ValueError
-        If ``data`` is not such a file, differs from its checksum, or holds an operator or a number
-        that is not let through. The text says why.
+        If ``data`` is not such a file, differs from its checksum, or has something in it that is
+        not let through. The text says what.
     """
     try:
         graph = json.loads(data)
         if 'sha256' in graph.get('attrs', {}) and _with_checksum(graph) != data:
             raise ValueError('its checksum differs')
-        checked = _checked_graph(graph)
-    except (AttributeError, IndexError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f'it is not a network of MXNet ({error!r})') from None
-    try:
-        return mx.sym.load_json(json.dumps(checked, ensure_ascii=False))
+        return mx.sym.load_json(json.dumps(_checked_graph(graph), ensure_ascii=False))
     except mx.MXNetError as error:
-        raise ValueError(f'MXNet refuses it: {str(error).splitlines()[-1]}') from None
+        raise ValueError(str(error).strip().splitlines()[-1]) from None
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError) as error:
+        raise ValueError(f'it is not a network of MXNet ({error!r})') from None
 
 
 def _checked_graph(graph):
-    """Return what of a graph MXNet is to see. Raises ValueError for what it must not."""
-    if len(graph['nodes']) > MAX_NODES:
-        raise ValueError(f'it has {len(graph["nodes"])} operators, more than {MAX_NODES}')
+    """Return the graph that MXNet is to see."""
     nodes, num_outputs = [], []
-    for node in graph['nodes']:
+    for node in graph['nodes'][: MAX_NODES + 1]:
         nodes.append(_checked_node(node, num_outputs))
-        split = node['op'] == 'SliceChannel'
+        split = nodes[-1]['op'] == 'SliceChannel'
         num_outputs.append(int(nodes[-1]['attrs']['num_outputs']) if split else 1)
+    if len(nodes) > MAX_NODES or len({node['name'] for node in nodes}) < len(nodes):
+        raise ValueError(f'it has more than {MAX_NODES} operators, or two of one name')
     version = graph.get('attrs', {}).get('mxnet_version')
     return {
         'nodes': nodes,
@@ -104,33 +97,93 @@ def _checked_graph(graph):
 
 
 def _checked_node(node, num_outputs):
-    operator, name = str(node['op']), str(node['name'])
-    attributes = {}
+    operator, name, attributes = str(node['op']), str(node['name']), {}
     for key in ('param', 'attr', 'attrs'):  # of MXNet before 0.9, before 1.0, and since
         attributes.update({str(key): str(value) for key, value in node.get(key, {}).items()})
-    if node.get('subgraphs') or node.get('control_deps'):
-        raise ValueError(f'{name} has a graph of its own')
-    if operator == 'Custom' and attributes.get('op_type') != 'centerloss':
-        operator = f'Custom({attributes.get("op_type")})'
-    fewest, most = NUM_INPUTS.get(operator, (0, -1))
-    if most < 0:
-        raise ValueError(f'{name} is an operator {operator}, which is not let through')
     inputs = [_checked_entry(entry, num_outputs) for entry in node['inputs']]
+    fewest, most = NUM_INPUTS.get(operator, (0, -1))
+    if operator == 'Custom' and attributes.get('op_type') != 'centerloss':
+        operator, most = f'Custom({attributes.get("op_type")})', -1
+    if most < 0 or node.get('subgraphs') or node.get('control_deps'):
+        raise ValueError(f'the operator {operator} of {name} is not let through')
     if not fewest <= len(inputs) <= most:
-        raise ValueError(f'{name} ({operator}) has {len(inputs)} inputs')
+        raise ValueError(f'the operator {operator} of {name} has {len(inputs)} inputs')
     for key, value in attributes.items():
-        numbers = [int(number) for number in re.findall(r'(?<![\d.e])-?\d+(?![\d.e])', value)]
-        largest = max([abs(number) for number in numbers] + [abs(math.prod(numbers))])
-        if largest > MAX_SIZE or (key in POSITIVE and min(numbers, default=1) < 1):
-            raise ValueError(f'{name} has {key}={value}')
+        numbers = [float(number) for number in re.findall(r'(?<![\d.e])-?\d+(?![\d.e])', value)]
+        largest = max(map(abs, [0, *numbers, math.prod(number or 1 for number in numbers)]))
+        too_large = largest > (1000 if key == 'num_outputs' else MAX_SIZE)
+        if too_large or (key in DIVISORS and min(numbers, default=1) < 1) or key == 'self':
+            raise ValueError(f'the attribute {key}={value} of {name} is not let through')
     return {'op': operator, 'name': name, 'attrs': attributes, 'inputs': inputs}
 
 
 def _checked_entry(entry, num_outputs):
-    """Return [node, output, version] of an output of one of the nodes so far."""
-    node, output, version = (*entry, 0)[:3]
-    if not (
-        0 <= node < len(num_outputs) and 0 <= output < num_outputs[node] and 0 <= version < 1000
-    ):
+    """Return [node, output, version], which has to be an output of one of the nodes so far."""
+    node, output, version = (int(number) for number in [*entry, 0][:3])
+    if not (0 <= node < len(num_outputs) and 0 <= output < num_outputs[node] and version >= 0):
         raise ValueError(f'{entry} is not an output of an earlier operator')
-    return [int(node), int(output), int(version)]
+    return [node, output, version]
+
+
+def output_shapes(network: mx.sym.Symbol, data_shapes: Mapping[str, tuple]) -> dict[str, tuple]:
+    """Return the shapes of all variables and outputs by name, given those of the inputs.
+
+    Raises
+    ------
+    InputError
+        If the network does not fit the inputs, or takes too much memory for them.
+    """
+    internals = network.get_internals()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # MXNet's, of shapes that it cannot infer
+            _, shapes, _ = internals.infer_shape(**data_shapes)
+        if shapes is None:
+            raise ValueError('shapes of other inputs are needed')
+        shapes = dict(zip(internals.list_outputs(), shapes, strict=True))
+        if sum(map(math.prod, shapes.values())) > MAX_ELEMENTS:
+            raise ValueError(f'its outputs have more than {MAX_ELEMENTS} values')
+        nodes = json.loads(network.tojson())['nodes']
+        for node in (node for node in nodes if node['op'] == 'Reshape'):
+            source, index, _ = node['inputs'][0]
+            source = nodes[source]['name']
+            sizes = [
+                math.prod(shapes[name])
+                for name in (source, f'{source}_output', f'{source}_output{index}')
+                if name in shapes
+            ]
+            # MXNet does not compare them, and writes beyond its memory.
+            if math.prod(shapes[f'{node["name"]}_output']) not in sizes[:1]:
+                raise ValueError(f'{node["name"]} changes the number of values')
+    except (mx.MXNetError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(f'the network does not take {dict(data_shapes)}: {reason}') from None
+    return shapes
+
+
+def parameter_mismatches(
+    network: mx.sym.Symbol,
+    data_shapes: Mapping[str, tuple] | Iterable[tuple[str, tuple]],
+    arg_params: Mapping,
+    aux_params: Mapping,
+) -> Iterator[tuple[str, str]]:
+    """Yield (name, why) of parameters that the network lacks, misses or has in another shape.
+
+    ``data_shapes`` are the shapes of its inputs by name; labels may be left out. Raises InputError
+    as :func:`output_shapes` does.
+    """
+    data_shapes = dict(data_shapes)
+    shapes = output_shapes(network, data_shapes)
+    wanted = {
+        name: shapes[name]
+        for name in network.list_arguments() + network.list_auxiliary_states()
+        if name not in data_shapes and not name.endswith('label')
+    }
+    given = {name: value.shape for name, value in {**arg_params, **aux_params}.items()}
+    for name in given.keys() - wanted.keys():
+        yield name, 'which the network does not have'
+    for name in wanted.keys() - given.keys():
+        yield name, 'which is not there'
+    for name in given.keys() & wanted.keys():
+        if given[name] != wanted[name]:
+            yield name, f'of shape {given[name]} where the network has {wanted[name]}'

@@ -1,12 +1,17 @@
-"""Every test imports the scripts from the project's root and draws without a display."""
+"""Every test draws without a display, can be stopped, and may ask for a folder of its own."""
 
 import os
 import signal
-import sys
-from pathlib import Path
+
+import pytest
 
 os.environ['MPLBACKEND'] = 'Agg'
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # in the background a shell has Ctrl-C ignored, and so would all that the tests start
+# In the background a shell has Ctrl-C ignored, and so would have all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def in_own_folder(tmp_path, monkeypatch):
+    """Run a test in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

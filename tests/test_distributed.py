@@ -1,7 +1,6 @@
-"""Several devices in one process, and several processes: real schedulers, servers and workers on this machine's loopback."""
+"""Several devices, and several processes: real schedulers, servers and workers on this machine."""
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -14,75 +13,82 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import (
+    ROOT,
+    run_python,
+    run_train,
+    saved_params,
+    saved_state,
+    small_network,
+    train_small,
+)
 
 import data
-import distributed
 import train
-import train_model
-from runtime import ROLE, InputError, mx
-from test_train_model import arrays_of, options, small_network, train_small
+from common.environment import ROLE, mx
+from common import distributed, launcher
+from common.checkpoints import Checkpoints
+from common.errors import InputError
+from common.module import Module
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures('in_own_folder')
 
-# A worker that trains the small network of the tests and leaves its own weights and centers in a file of its own.
-WORKER = f"""
+DIGITS = ['--dataset=mnist-5k', '--num-examples=320']
+TRAIN = [sys.executable, str(ROOT / 'train.py'), *DIGITS]
+OMP_VARIABLES = ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')
+
+# A node of a run: a worker trains the small network with the options in its argument (JSON).
+NODE = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
-from runtime import run_script
+from common.command_line import run_script
 import test_distributed
-run_script(lambda: test_distributed.work(*sys.argv[1:]))
+run_script(test_distributed.be_node)
 """
 
 
-def work(*line):
+def be_node(argv):
     if ROLE != 'worker':
-        return distributed.serve()
-    module = train_small('--kv-store', 'dist_sync', '--log_file', f'{os.getpid()}.txt', *line)
-    mx.nd.save(
-        f'{os.getpid()}.weights',
-        {name: value for params in module.get_params() for name, value in params.items()},
-    )
+        distributed.serve(lambda: 'no hint')
+        return
+    module = train_small(kv_store='dist_sync', log_file=f'{os.getpid()}.txt', **json.loads(argv[0]))
+    mx.nd.save(f'{os.getpid()}.weights', module.present_arrays())
 
 
 @contextlib.contextmanager
 def nodes(command, workers, servers=1, **environment):
-    """A scheduler, servers and workers that all run the command: {name: process}. None of them outlives the block."""
+    """Start a scheduler, servers and workers with one command: {name: process}."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     environment = {
         **os.environ,
-        'DMLC_PS_ROOT_URI': '127.0.0.1',
+        'DMLC_PS_ROOT_URI': 'localhost',
         'DMLC_PS_ROOT_PORT': str(port),
-        'DMLC_NODE_HOST': '127.0.0.1',
-        'DMLC_INTERFACE': 'lo',
+        'DMLC_NODE_HOST': 'localhost',
         'DMLC_NUM_WORKER': str(workers),
         'DMLC_NUM_SERVER': str(servers),
         'OMP_NUM_THREADS': '1',
         **environment,
     }
-    processes = {}
-    try:
-        for name in [
-            'scheduler',
-            *(f'server {i}' for i in range(servers)),
-            *(f'worker {i}' for i in range(workers)),
-        ]:
-            processes[name] = subprocess.Popen(
-                list(map(str, command)),
+    names = ['scheduler', *(f'server {i}' for i in range(servers))]
+    names += [f'worker {i}' for i in range(workers)]
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for name in names:
+            process = subprocess.Popen(
+                command,
                 env={**environment, 'DMLC_ROLE': name.split()[0]},
                 text=True,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
             )
+            processes[name] = stack.enter_context(process)
+            stack.callback(process.kill)
         yield processes
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.communicate()
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, 'too slow'
@@ -90,63 +96,50 @@ def wait_for(condition, seconds=60):
 
 
 def children(pid):
-    """The processes that a process has started: {role and number: pid}."""
+    """The processes that a launcher has started: {role and number: pid}."""
     found = {}
     for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split():
-        role = re.search(rb'DMLC_ROLE=(\w+)', Path(f'/proc/{child}/environ').read_bytes())[
-            1
-        ].decode()
+        environment = Path(f'/proc/{child}/environ').read_bytes()
+        role = re.search(rb'DMLC_ROLE=(\w+)', environment)[1].decode()
         found[f'{role} {sum(name.startswith(role) for name in found)}'] = int(child)
     return found
 
 
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def saved_arrays(prefix, epoch):
+    return {**saved_params(prefix, epoch), **saved_state(prefix, epoch)}
 
 
 def assert_close(measured, expected, **tolerance):
     assert measured.keys() == expected.keys()
-    for name in expected.keys() - {'digest', 'options'}:
+    for name in expected:
         np.testing.assert_allclose(measured[name], expected[name], err_msg=name, **tolerance)
 
 
-def test_two_and_four_devices_learn_what_one_learns_to_rounding():
-    """The weights and their average, the momentum and the centers: in every batch, Eq. 4 is that of the whole batch."""
+@pytest.mark.slow
+def test_several_devices_equal_one():
+    """Weights, their average, momentum and centers: Eq. 4 is that of the whole batch."""
     for devices, kind in ((1, 'local'), (2, 'local'), (4, 'device')):
         train_small(
-            '--num-epochs',
-            2,
-            '--batch-size',
-            48,
-            '--kv-store',
-            kind,
-            '--save-model-prefix',
-            f'on{devices}',
-            '--average-weights',
-            0.1,
-            '--cpus',
-            ','.join(map(str, range(devices))),
+            batch_size=48,
+            num_epochs=2,
+            kv_store=kind,
+            save_model_prefix=f'on{devices}',
+            average_weights=0.1,
+            devices=[mx.cpu(i) for i in range(devices)],
         )
     for devices in (2, 4):
-        for file in ('params', 'states'):
-            assert_close(
-                arrays_of(f'on{devices}-0002.{file}'),
-                arrays_of(f'on1-0002.{file}'),
-                rtol=1e-4,
-                atol=2e-6,
-            )
+        assert_close(saved_arrays(f'on{devices}', 2), saved_arrays('on1', 2), rtol=1e-4, atol=2e-6)
 
 
-def test_the_centers_of_several_devices_are_the_same_after_every_step():
-    module = train_model.Module(
+def test_centers_of_devices_stay_equal():
+    module = Module(
         small_network(),
         label_names=['softmax_label', 'center_label'],
         context=[mx.cpu(i) for i in range(3)],
     )
     batches, _ = data.mnist_iterator(30, dataset='mnist-5k', num_examples=120)
     module.bind(batches.provide_data, batches.provide_label)
-    module.init_params(train_model.INITIALIZERS['xavier'])
+    module.init_params(mx.init.Xavier())
     module.init_optimizer(kvstore='local')
     before = None
     for batch in batches:
@@ -160,185 +153,183 @@ def test_the_centers_of_several_devices_are_the_same_after_every_step():
         before = first
 
 
-def test_three_workers_and_two_servers_learn_what_one_process_learns():
-    with nodes(
-        [
-            sys.executable,
-            '-c',
-            WORKER,
-            '--num-epochs',
-            2,
-            '--batch-size',
-            16,
-            '--average-weights',
-            0.1,
-        ],
-        workers=3,
-        servers=2,
-    ) as processes:
+@pytest.mark.slow
+def test_workers_equal_one_process():
+    options = {'average_weights': 0.1, 'num_epochs': 2}
+    command = [sys.executable, '-c', NODE, json.dumps({**options, 'batch_size': 16})]
+    with nodes(command, workers=3, servers=2) as processes:
         for name, process in processes.items():
-            _, told = process.communicate(timeout=60)
-            assert process.returncode == 0, (name, told)
-    first, *others = (arrays_of(path) for path in Path().glob('*.weights'))
+            _, stderr = process.communicate(timeout=120)
+            assert process.returncode == 0, (name, stderr)
+    first, *others = (mx.nd.load(str(path)) for path in Path().glob('*.weights'))
     assert len(others) == 2
     for other in others:
         for name in first:
-            np.testing.assert_array_equal(first[name], other[name], err_msg=name)
+            np.testing.assert_array_equal(first[name].asnumpy(), other[name].asnumpy(), name)
 
-    train_small(
-        '--num-epochs',
-        2,
-        '--batch-size',
-        48,
-        '--average-weights',
-        0.1,
-        '--save-model-prefix',
-        'alone',
-        '--log_file',
-        'alone.log',
-    )
-    for file in ('params', 'states'):
-        assert_close(
-            arrays_of(f'center_loss-0002.{file}'),
-            arrays_of(f'alone-0002.{file}'),
-            rtol=1e-4,
-            atol=2e-6,
-        )
-    logs = [path.read_text() for path in Path().glob('*.txt')]
+    train_small(batch_size=48, save_model_prefix='alone', **options)
+    assert_close(saved_arrays('run', 2), saved_arrays('alone', 2), rtol=1e-4, atol=2e-6)
+    logs = [path.read_text() for path in Path().glob('[0-9]*.txt')]
     assert sorted(re.search(r'Node\[(\d)\]', log)[1] for log in logs) == ['0', '1', '2']
     assert ['Node[0]' in log for log in logs] == ['Validation-accuracy' in log for log in logs]
     assert all('Epoch[1] Train-accuracy' in log for log in logs)
 
 
-def test_a_worker_that_is_killed_stops_the_run_which_then_continues_to_the_same_weights():
-    """By the command line, where one process starts all the others."""
-    line = ['--dataset', 'mnist-5k', '--num-examples', '320']
-    command = [sys.executable, str(ROOT / 'train.py'), *line, '--num-workers=2', '--batch-size=16']
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith('OMP_')
-    }  # what this process has chosen for itself
+@pytest.mark.slow
+def test_killed_worker_stops_the_run():
+    """The run then continues, to the weights of one process."""
+    command = [*TRAIN, '--num-workers=2', '--batch-size=16']
+    environment = {n: v for n, v in os.environ.items() if n not in OMP_VARIABLES}
     run = subprocess.Popen(
         [*command, '--num-epochs=500'], stderr=subprocess.PIPE, text=True, env=environment
     )
     try:
-        wait_for(Path('center_loss-0002.params').exists)
+        wait_for(Path('center_loss-0002.json').exists)
         started = children(run.pid)
         assert sorted(started) == ['scheduler 0', 'server 0', 'worker 0', 'worker 1']
         os.kill(started['worker 1'], signal.SIGKILL)
-        _, told = run.communicate(timeout=20)
+        _, stderr = run.communicate(timeout=20)
     finally:
         for process in children(run.pid).values() if run.poll() is None else ():
             os.kill(process, signal.SIGKILL)
         run.kill()
         run.wait()
-    assert run.returncode == 1 and 'Traceback' not in told
-    epoch = train_model.Checkpoints('center_loss').epochs()[-1]
+    assert run.returncode == 1 and 'Traceback' not in stderr
+    epoch = Checkpoints('center_loss').epochs()[-1]
+    *lines, last = stderr.splitlines()
     assert re.fullmatch(
-        rf'train.py: error: the worker 1 was killed \(SIGKILL\), the others are stopped; the last whole checkpoint is '
-        rf'center_loss-{epoch:04d}.params; continue with: python .*train.py .* --num-workers=2 .* --resume',
-        told.splitlines()[-1],
+        r'train.py: error: the worker 1 was killed \(SIGKILL\), the others are stopped; the last '
+        rf'whole checkpoint is center_loss-{epoch:04d}.params; continue with: python .*train.py '
+        '.* --num-workers=2 .* --resume',
+        last,
     )
     assert not any(Path(f'/proc/{pid}').exists() for pid in started.values())
-    assert all(
-        re.match(r'\d{4}-\d\d-\d\d \S+ Node\[[01]\] ', line) for line in told.splitlines()[:-1]
-    )  # those of two workers stay apart
+    assert all(re.match(r'\d{4}-\d\d-\d\d \S+ Node\[[01]\] ', line) for line in lines)
 
-    result = subprocess.run(
-        [*command, f'--num-epochs={epoch + 1}', '--resume'],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment,
-    )
+    more = [f'--num-epochs={epoch + 1}', '--resume']
+    result = run_python(*command[1:], *more, unset=OMP_VARIABLES)
     assert result.returncode == 0, result.stderr
-    args = train.parse_args(
-        [*line, '--batch-size=32', f'--num-epochs={epoch + 1}', '--save-model-prefix=alone']
-    )
-    train_model.fit(
-        args,
-        train.get_symbol(),
-        functools.partial(data.mnist_iterator, dataset='mnist-5k', num_examples=320),
-        (1, 28, 28),
-    )
-    # Where a max pooling chooses between two nearly equal values, rounding decides which of them learns: not to the last digit then.
+    assert result.stdout.startswith('accuracy on') and result.stdout.count('\n') == 1
+    alone = ['--batch-size=32', f'--num-epochs={epoch + 1}', '--save-model-prefix=alone']
+    train.main([*DIGITS, *alone])
+    # Where max pooling chooses between two nearly equal values, rounding decides which one learns.
     assert_close(
-        arrays_of(f'center_loss-{epoch + 1:04d}.params'),
-        arrays_of(f'alone-{epoch + 1:04d}.params'),
+        saved_arrays('center_loss', epoch + 1),
+        saved_arrays('alone', epoch + 1),
         rtol=1e-2,
         atol=1e-2,
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('victim, workers', [('worker 0', 2), ('server 0', 1)])
-def test_nobody_waits_for_ever_for_a_node_that_is_lost(victim, workers):
-    command = [
-        sys.executable,
-        ROOT / 'train.py',
-        '--dataset=mnist-5k',
-        '--num-examples=320',
-        '--batch-size=16',
-        '--num-epochs=5000',
-        '--kv-store=dist_sync',
-    ]
+def test_lost_node_ends_all(victim, workers):
+    command = [*TRAIN, '--batch-size=16', '--num-epochs=5000', '--kv-store=dist_sync']
     with nodes(command, workers, PS_HEARTBEAT_TIMEOUT='2') as processes:
-        wait_for(Path('center_loss-0002.params').exists)  # by then all know of the first
+        wait_for(Path('center_loss-0002.json').exists)  # by then all know of the first
         processes.pop(victim).kill()
         for name, process in processes.items():
-            _, told = process.communicate(timeout=30)
-            assert process.returncode == 1, (name, told)
-            assert 'Traceback' not in told
-            last = told.splitlines()[-1]
-            lost = (
-                victim.split()[0] if name == 'scheduler' else 'scheduler'
-            )  # which leaves, so that the others see it lost
+            _, stderr = process.communicate(timeout=30)
+            assert process.returncode == 1, (name, stderr)
+            assert 'Traceback' not in stderr
+            last = stderr.splitlines()[-1]
+            # The scheduler ends first; the others see that it is lost.
+            lost = f'a {victim.split()[0]}' if name == 'scheduler' else 'the scheduler'
             assert re.match(
-                rf'train.py: error: (a|the) {lost} of the run has not been heard of for 2 s', last
+                rf'train.py: error: {lost} of the run has not been heard of for 2 s', last
             ), (name, last)
+            assert re.search(r'continue with: python .* --resume$', last)
             if name.startswith('worker'):
-                assert re.search(
-                    r'the last whole checkpoint is center_loss-\d+.params; continue with: python .* --resume$',
-                    last,
-                )
+                assert re.search(r'the last whole checkpoint is center_loss-\d+.params; ', last)
                 assert last.removeprefix('train.py: error: ') in Path('log.txt').read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('role', ['worker', 'scheduler'])
-def test_nobody_waits_for_ever_for_nodes_that_do_not_come(role):
-    script = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import distributed, train; distributed.START_TIMEOUT = 1; train.run_script(train.main)'
-    with nodes([sys.executable, '-c', script, '--kv-store=dist_sync'], workers=2) as processes:
-        for name in processes.keys() - {next(name for name in processes if name.startswith(role))}:
-            processes.pop(name).kill()
-        ((name, process),) = processes.items()
-        _, told = process.communicate(timeout=30)
-    assert process.returncode == 1
+def test_missing_nodes_end_the_wait(role):
+    impatient = NODE.replace(
+        'run_script(test', 'test_distributed.distributed.START_TIMEOUT = 1\nrun_script(test'
+    )
+    with nodes([sys.executable, '-c', impatient, '{}'], workers=2) as processes:
+        kept = next(name for name in processes if name.startswith(role))
+        for name in processes.keys() - {kept}:
+            processes[name].kill()
+        _, stderr = processes[kept].communicate(timeout=60)
+        assert processes[kept].returncode == 1
     assert re.fullmatch(
-        r'-c: error: no connection to the scheduler at 127.0.0.1:\d+ with all of the 2 workers and 1 servers within 1 s; .*\n',
-        told,
+        r'-c: error: no connection to the scheduler at 127.0.0.1:\d+ with all of the 2 workers '
+        r'and 1 servers within 1 s; .*\n',
+        stderr,
     )
 
 
-def test_a_mistake_that_all_workers_find_is_told_once():
-    command = [
-        sys.executable,
-        str(ROOT / 'train.py'),
-        '--num-workers=3',
-        '--batch-size=15',
-        '--cpus=0,1',
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+@pytest.mark.slow
+def test_waiting_node_can_be_stopped():
+    with nodes([*TRAIN, '--kv-store=dist_sync'], workers=1) as processes:
+        for name in ('scheduler', 'worker 0'):
+            processes[name].kill()
+        server = processes['server 0']
+        wait_for(lambda: b'libmxnet' in Path(f'/proc/{server.pid}/maps').read_bytes())
+        time.sleep(1)  # until it waits
+        server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=10)
+
+
+@pytest.mark.slow
+def test_launcher_checks_before_it_starts():
+    result = run_train('--num-workers=3', '--batch-size=15', '--cpus=0,1', cwd='.')
     assert result.returncode == 2
-    assert (
-        result.stderr
-        == 'train.py: error: --batch-size=15 cannot be shared equally by 2 devices: take a multiple of 2\n'
+    assert re.fullmatch(
+        r'train.py: error: --batch-size=15 cannot be .* by 2 devices.*\n', result.stderr
     )
 
 
-class OneMachine:
-    """A distributed kvstore as worker 1 sees it, of which worker 0 has these arrays."""
+@pytest.mark.slow
+def test_failure_of_all_workers_is_reported_once():
+    options = ['--num-workers=3', '--batch-size=16', '--lr=1e6', '--clip-gradient=0']
+    result = run_train(*DIGITS, *options, cwd='.')
+    assert result.returncode == 1
+    assert result.stderr.count('train.py: error: ') == 1
+    assert 'diverged' in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_launcher_passes_signals_on(number):
+    command = [*TRAIN, '--num-workers=2', '--batch-size=16', '--num-epochs=500']
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(Path('center_loss-0001.json').exists)
+        started = children(run.pid)
+        run.send_signal(number)
+        _, stderr = run.communicate(timeout=30)
+    finally:
+        run.kill()
+    assert run.returncode == 128 + number and 'Traceback' not in stderr
+    assert re.search(r'stopped: the last whole checkpoint is center_loss-\d+.params; ', stderr)
+    assert not any(Path(f'/proc/{pid}').exists() for pid in started.values())
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_launcher():
+    command = [*TRAIN, '--num-workers=1', '--batch-size=16', '--num-epochs=5000']
+    run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(Path('center_loss-0001.json').exists)
+        started = children(run.pid)
+    finally:
+        run.kill()
+        run.wait()
+    wait_for(lambda: not any(Path(f'/proc/{pid}').exists() for pid in started.values()), 10)
+    assert 'the process that started this one is gone; ' in Path('log.txt').read_text()
+
+
+class KVStore:
+    """A distributed kvstore as worker 1 sees it; what worker 0 has under each key is given."""
 
     rank = 1
 
-    def __init__(self, **arrays):
+    def __init__(self, arrays):
         self.arrays = arrays
 
     def init(self, key, value):
@@ -348,46 +339,118 @@ class OneMachine:
         out[:] = self.arrays[key]
 
 
-def test_a_worker_with_other_options_than_worker_0_says_which():
-    def of_worker_0(**options):
-        return OneMachine(
-            options=mx.nd.array(np.frombuffer(json.dumps(options).encode().ljust(4096), np.uint8))
-        )
+def test_other_options_are_refused():
+    text = json.dumps({'lr': 0.1, 'batch_size': 50, 'gpus': [0], 'recipe': 'x' * 5000}).encode()
+    kv = KVStore({'options_size': len(text), 'options': np.frombuffer(text, np.uint8)})
+    options = json.loads(text)
+    distributed.check_agreement(kv, options)
+    distributed.check_agreement(kv, {**options, 'gpus': [1]})
+    with pytest.raises(
+        InputError, match=r'worker 1 .* than worker 0 \(batch_size: 60 here, 50 there\)'
+    ):
+        distributed.check_agreement(kv, {**options, 'batch_size': 60})
+    with pytest.raises(
+        InputError, match=r'\(alpha: 1 here, None there; recipe: None here, x+ there\)'
+    ):
+        distributed.check_agreement(kv, {'lr': 0.1, 'batch_size': 50, 'alpha': 1})
 
-    distributed.check_agreement(
-        of_worker_0(lr=0.1, batch_size=50), {'lr': 0.1, 'batch_size': 50, 'gpus': [1]}
+
+GOOD_ENVIRONMENT = {
+    'DMLC_ROLE': 'worker',
+    'DMLC_PS_ROOT_URI': 'localhost',
+    'DMLC_PS_ROOT_PORT': '9000',
+    'DMLC_NUM_WORKER': '2',
+    'DMLC_NUM_SERVER': '1',
+}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Set the variables of a distributed run, with these changes; None leaves one out."""
+
+    def change(**changes):
+        variables = {**GOOD_ENVIRONMENT, **changes}
+        for name, value in variables.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+        monkeypatch.setattr(distributed, 'ROLE', variables['DMLC_ROLE'])
+
+    for name in ('PS_HEARTBEAT_TIMEOUT', 'PS_HEARTBEAT_INTERVAL', 'DMLC_NODE_HOST'):
+        monkeypatch.setenv(name, '')  # to be restored
+        monkeypatch.delenv(name)
+    return change
+
+
+def test_environment_is_completed(environment):
+    environment(DMLC_NODE_HOST='localhost', DMLC_NUM_WORKER=' 2')
+    distributed.check_environment('dist_sync')
+    assert os.environ['DMLC_PS_ROOT_URI'] == os.environ['DMLC_NODE_HOST'] == '127.0.0.1'
+    assert os.environ['DMLC_NUM_WORKER'] == '2'
+    assert (os.environ['PS_HEARTBEAT_TIMEOUT'], os.environ['PS_HEARTBEAT_INTERVAL']) == ('20', '1')
+
+
+@pytest.mark.parametrize(
+    'name, value, message',
+    [
+        ('DMLC_PS_ROOT_PORT', None, 'dist_sync needs DMLC_PS_ROOT_PORT in the environment'),
+        ('DMLC_PS_ROOT_PORT', 'abc', "variable DMLC_PS_ROOT_PORT: 'abc' is not a whole number"),
+        ('DMLC_PS_ROOT_PORT', '70000', 'DMLC_PS_ROOT_PORT: 70000 is out of range'),
+        ('DMLC_NUM_WORKER', '0', 'DMLC_NUM_WORKER: 0 is out of range'),
+        ('DMLC_NUM_SERVER', '1.5', "DMLC_NUM_SERVER: '1.5' is not a whole number"),
+        ('DMLC_ROLE', 'boss', 'DMLC_ROLE=boss is none of scheduler, server and worker'),
+        ('PS_HEARTBEAT_TIMEOUT', '20s', "PS_HEARTBEAT_TIMEOUT: '20s' is not a whole number"),
+        ('PS_HEARTBEAT_TIMEOUT', '0', 'PS_HEARTBEAT_TIMEOUT: 0 is out of range'),
+        ('PS_HEARTBEAT_INTERVAL', '20', 'PS_HEARTBEAT_INTERVAL: 20 is out of range'),
+        ('DMLC_PS_ROOT_URI', 'no host', 'DMLC_PS_ROOT_URI=no host has no IPv4 address'),
+        ('DMLC_NODE_HOST', '::1', 'DMLC_NODE_HOST=::1 has no IPv4 address'),
+    ],
+)
+def test_environment_is_checked(environment, name, value, message):
+    environment(**{name: value})
+    with pytest.raises(InputError, match=message):
+        distributed.check_environment('dist_sync')
+
+
+def test_environment_is_required():
+    with pytest.raises(InputError, match=r'needs DMLC_ROLE, DMLC_PS_ROOT_URI, .*--num-workers=2'):
+        train_small(kv_store='dist_sync')
+
+
+def test_address_of_another_machine_is_refused():
+    variables = {**GOOD_ENVIRONMENT, 'DMLC_ROLE': 'scheduler', 'DMLC_PS_ROOT_URI': '192.0.2.77'}
+    result = run_python('-c', NODE, **variables)
+    assert result.returncode == 2
+    assert re.fullmatch(
+        r'-c: error: this scheduler cannot take part with DMLC_.*: .*bind failed\n',
+        result.stderr,
     )
-    with pytest.raises(
-        InputError,
-        match=r'worker 1 was started with other options than worker 0 \(batch_size: 60 here, 50 there\)',
-    ):
-        distributed.check_agreement(
-            of_worker_0(lr=0.1, batch_size=50), {'lr': 0.1, 'batch_size': 60}
-        )
 
 
-def test_a_distributed_run_without_its_environment_says_what_is_missing(monkeypatch):
-    monkeypatch.setenv('DMLC_NUM_SERVER', '1')
-    with pytest.raises(
-        InputError,
-        match='--kv-store=dist_sync needs DMLC_ROLE, DMLC_PS_ROOT_URI, DMLC_PS_ROOT_PORT, DMLC_NUM_WORKER in the environment; '
-        '--num-workers=2 starts two workers',
-    ):
-        train_small('--kv-store', 'dist_sync')
+def test_launcher_shares_cpus(monkeypatch):
+    monkeypatch.setattr(launcher, 'available_cpus', lambda: 8)
+    monkeypatch.setattr(launcher, 'THREADS_CHOSEN_BY_USER', False)
+    monkeypatch.setenv('PORT', '80')
+    environment = launcher.node_environment(3)
+    assert environment['OMP_NUM_THREADS'] == '2'
+    assert (environment['OMP_WAIT_POLICY'], environment['GOMP_SPINCOUNT']) == ('passive', '0')
+    assert environment['DMLC_NUM_WORKER'] == '3' and 'PORT' not in environment
+    assert launcher.node_environment(9)['OMP_NUM_THREADS'] == '1'
+
+    monkeypatch.setattr(launcher, 'THREADS_CHOSEN_BY_USER', True)
+    monkeypatch.setenv('OMP_NUM_THREADS', '5')
+    assert launcher.node_environment(3)['OMP_NUM_THREADS'] == '5'
 
 
-def test_the_workers_option_chooses_a_distributed_kvstore():
-    assert options('--num-workers', 2).kv_store == 'dist_sync'
-    assert options('--num-workers', 2, '--kv-store', 'device').kv_store == 'dist_device_sync'
-    assert options().kv_store == 'local'
+def test_launcher_checks_its_timeout(monkeypatch):
+    monkeypatch.setenv('PS_HEARTBEAT_TIMEOUT', '20s')
+    with pytest.raises(InputError, match="PS_HEARTBEAT_TIMEOUT: '20s' is not a whole number"):
+        launcher.run_workers(['false'], 2, lambda: '')
 
 
-def test_a_node_that_waits_for_the_others_can_be_stopped():
-    with nodes([sys.executable, ROOT / 'train.py', '--kv-store=dist_sync'], workers=1) as processes:
-        for name in ('scheduler', 'worker 0'):
-            processes.pop(name).kill()
-        process = processes['server 0']
-        wait_for(lambda: b'libmxnet' in Path(f'/proc/{process.pid}/maps').read_bytes())
-        time.sleep(0.5)  # until it waits
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=10)
+def test_workers_option_chooses_dist_kvstore():
+    assert train.parse_args(['--num-workers=2']).kv_store == 'dist_sync'
+    both = train.parse_args(['--num-workers=2', '--kv-store=device'])
+    assert both.kv_store == 'dist_device_sync'
+    assert train.parse_args([]).kv_store == 'local'

@@ -1,789 +1,362 @@
-"""How fast it is: ratios of things that run side by side, and where the time goes.
+"""How fast this is: variants that run interleaved, and what each trick for speed brings.
 
-    python tests/benchmark.py                                  the table, on the embedded digits
-    python tests/benchmark.py --data-dir DIR --json FILE       on all of MNIST, and for machines
-    python tests/benchmark.py --only operator start-up         some parts
+    python -m tools.benchmark                               the table, on the embedded digits
+    python -m tools.benchmark --data-dir=DIR --json=FILE    on all of MNIST, and as JSON
+    python -m tools.benchmark --only operator start-up      some parts
 
-The two sides of every comparison take turns, and the ratio is the median of the ratios of the turns: such ratios hold on a noisy machine, where seconds
-do not. Every part runs in a process of its own, so that no threads of one stand in the way of another. PyTorch is compared where it is installed
-(``pip install torch``).
+The variants of a comparison take turns, and what counts is the ratio of two of them in the same
+round: the median over the rounds, with its quartiles. Such ratios hold on a noisy machine, where
+seconds do not. Every part runs in a process of its own, so that the threads of one do not disturb
+another. PyTorch is compared where it is installed (``pip install torch``).
 """
 
+import argparse
 import contextlib
-import itertools
+import functools
+import importlib.util
 import json
 import logging
-import os
 import re
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
+from tqdm import tqdm
 
-from runtime import ArgumentParser, Failure, available_cpus, mx, run_script  # noqa: E402  (first, for a Ctrl-C while all this is imported)
+from common.environment import available_cpus, mx
+from common import vectorized
+from common.averaging import Average
+from common.checkpoints import versions
+from common.command_line import ArgumentParser, number, run_script
+from common.files import replace_when_whole
+from data import load_digits
+from tools.benchmark_torch import FORMS
+from tools.measuring import LABELS, ROOT, Report, Training, TrainingProcess, run_python
+from tools.operator_forms import operator_step, with_operator
+from train import VECTORIZED_NETWORKS, get_symbol
+from train import main as train_main
 
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import center_loss  # noqa: E402
-import data  # noqa: E402
-import train  # noqa: E402
-from train_model import INITIALIZERS, Average, Module, metrics  # noqa: E402
-
-ROUNDS = 7
-OPTIMIZER = {'learning_rate': 0.01, 'momentum': 0.9, 'wd': 5e-4}
-
-
-class PerSampleLoop(mx.operator.CustomOp):
-    """Center loss as it is usually written: one NDArray operation after the other for every sample. Here for comparison only."""
-
-    def __init__(self, alpha):
-        super().__init__()
-        self.alpha = alpha
-
-    def forward(self, is_train, req, in_data, out_data, aux):
-        labels = in_data[1].asnumpy().astype(int)
-        loss = 0
-        for i, label in enumerate(labels):
-            difference = in_data[0][i] - aux[0][label]
-            loss = loss + mx.nd.sum(difference * difference)
-        self.assign(out_data[0], req[0], (loss / 2 / len(labels)).reshape((1,)))
-
-    def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
-        labels = in_data[1].asnumpy().astype(int)
-        steps = {}
-        for i, label in enumerate(labels):
-            difference = in_data[0][i] - aux[0][label]
-            in_grad[0][i] = difference
-            step, count = steps.get(label, (0, 0))
-            steps[label] = step + difference, count + 1
-        for label, (step, count) in steps.items():
-            aux[0][label] += self.alpha * step / (1 + count)
+MAX_ROUNDS = 1000
 
 
-@mx.operator.register('centerloss_loop')
-class PerSampleLoopProp(center_loss.CenterLossProp):
-    def create_operator(self, ctx, in_shapes, in_dtypes):
-        return PerSampleLoop(self.alpha)
+def measure_joint(report: Report, args: argparse.Namespace) -> None:
+    """Compare the joint objective with softmax only."""
+    network = get_symbol(vectorized=True)
+    for batch_size in (32, 128, 512):
+        joint = Training(network, batch_size)
+        softmax = Training(network['softmax_output'], batch_size)
+        seconds = report.interleave(joint, softmax, rounds=200)
+        what = f'images/s, joint objective over softmax only, batch {batch_size}'
+        report.add(what, seconds[1] / seconds[0])
+        speed = joint.num_steps * batch_size / seconds[0]
+        report.add(f'    joint objective, batch {batch_size}', speed, 'images/s')
 
 
-@mx.operator.register('centerloss_nd')
-class CenterLossNDProp(center_loss.CenterLossProp):
-    def create_operator(self, ctx, in_shapes, in_dtypes):
-        return center_loss.CenterLoss(
-            self.num_class, self.alpha, self.scale, self.normalization, in_shapes[0], on_cpu=False
-        )
-
-
-class Nothing(mx.operator.CustomOp):
-    """What MXNet takes to call back into Python and to go on: no operator that is written in Python takes less."""
-
-    def forward(self, is_train, req, in_data, out_data, aux):
-        pass
-
-    def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
-        pass
-
-
-@mx.operator.register('centerloss_nothing')
-class NothingProp(center_loss.CenterLossProp):
-    def create_operator(self, ctx, in_shapes, in_dtypes):
-        return Nothing()
-
-
-class Table:
-    """Rows of (number of the target, what, measured, unit, goal, whether it is met)."""
-
-    def __init__(self):
-        self.rows = []
-
-    def add(self, target, what, measured, unit='', at_least=None, at_most=None):
-        goal = (
-            f'>= {at_least}'
-            if at_least is not None
-            else f'<= {at_most}'
-            if at_most is not None
-            else ''
-        )
-        met = (
-            None
-            if not goal or measured is None
-            else measured >= at_least
-            if at_least is not None
-            else measured <= at_most
-        )
-        self.rows.append(
-            {
-                'target': target,
-                'what': what,
-                'measured': measured,
-                'unit': unit,
-                'goal': goal,
-                'met': met,
-            }
-        )
-
-    def __str__(self):
-        lines = [f'{"":3} {"what":82} {"measured":>12} {"":9} {"goal":>9}']
-        for row in self.rows:
-            measured = (
-                '-'
-                if row['measured'] is None
-                else f'{row["measured"]:,.3f}'
-                if abs(row['measured']) < 100
-                else f'{row["measured"]:,.0f}'
-            )
-            met = {True: 'met', False: 'NOT MET', None: ''}[row['met']]
-            lines.append(
-                f'{row["target"]:<3} {row["what"]:82} {measured:>12} {row["unit"]:9} {row["goal"]:>9} {met}'
-            )
-        return '\n'.join(lines)
-
-
-class Turns:
-    """Seconds of each side of a comparison, ``seconds[side]``; the sides took turns, after a round that does not count."""
-
-    def __init__(self, *sides, rounds=ROUNDS, times=1):
-        self.seconds = [[] for _ in sides]
-        for turn in range(rounds + 1):
-            for side, measured in zip(sides, self.seconds):
-                begin = time.perf_counter()
-                for _ in range(times):
-                    side()
-                mx.nd.waitall()
-                if turn:
-                    measured.append((time.perf_counter() - begin) / times)
-
-    def median(self, side=0):
-        return statistics.median(self.seconds[side])
-
-    def ratio(self, side, other):
-        """How many times as long ``side`` takes as ``other``."""
-        return median_ratio(self.seconds[side], self.seconds[other])
-
-
-def median_ratio(first, second):
-    return statistics.median(one / other for one, other in zip(first, second))
-
-
-def module_of(network, batch_size, labels=('softmax_label', 'center_label')):
-    module = Module(network, label_names=list(labels))
-    module.bind([('data', (batch_size, 1, 28, 28))], [(name, (batch_size,)) for name in labels])
-    module.init_params(INITIALIZERS['xavier'])
-    module.init_optimizer(kvstore=None, optimizer_params=OPTIMIZER)
-    return module
-
-
-def networks():
-    """The joint objective, the same with the per-sample loop, and softmax only."""
-    joint = train.get_symbol()
-    loop = mx.sym.load_json(joint.tojson().replace('"centerloss"', '"centerloss_loop"'))
-    return joint, loop, joint['softmax_output']
-
-
-def endless(batches):
-    """The batches of one epoch after the other."""
-    while True:
-        yield from batches
-        batches.reset()
-
-
-def train_on(module, batches, metric, with_center_label=True):
-    """Training as Module.fit does it."""
-    for batch in batches:
-        if not with_center_label:
-            batch.label = batch.label[:1]
-            batch.provide_label = batch.provide_label[:1]
-        module.forward_backward(batch)
-        module.update()
-        module.update_metric(metric, batch.label)
-
-
-def measure_throughput(table, args):
-    """Target 1: the joint objective over softmax only, in turns of a tenth of a second: what is looked for is a difference of one step in fifty."""
-    joint, _, softmax = networks()
-    for batch_size, steps in ((32, 12), (128, 4), (512, 1)):
-        batches = endless(data.mnist_iterator(batch_size, dataset='mnist-5k')[0])
-        modules = module_of(joint, batch_size), module_of(softmax, batch_size, ['softmax_label'])
-        turns = Turns(
-            lambda: train_on(modules[0], itertools.islice(batches, steps), metrics()),
-            lambda: train_on(
-                modules[1],
-                itertools.islice(batches, steps),
-                center_loss.Accuracy(),
-                with_center_label=False,
-            ),
-            rounds=200,
-        )
-        table.add(
-            1,
-            f'training, joint objective over softmax only, batch {batch_size}',
-            turns.ratio(1, 0),
-            'x',
-            at_least=0.98,
-        )
-        if batch_size == 128:
-            table.add(
-                '',
-                'training, joint objective, batch 128',
-                steps * batch_size / turns.median(),
-                'images/s',
-            )
-
-
-def measure_average(table, args):
-    """What --average-weights costs: a step that is followed by it, and the step alone."""
-    for batch_size, steps in ((32, 12), (128, 4)):
-        batches = endless(data.mnist_iterator(batch_size, dataset='mnist-5k')[0])
-        modules = [module_of(train.get_symbol(), batch_size) for _ in range(2)]
-        average = Average(0.1, modules[1])
-
-        def averaged(metric):
-            for batch in itertools.islice(batches, steps):
-                train_on(modules[1], [batch], metric)
-                average(None)
-
-        turns = Turns(
-            lambda: train_on(modules[0], itertools.islice(batches, steps), metrics()),
-            lambda: averaged(metrics()),
-            rounds=100,
-        )
-        table.add(
-            '',
-            f'training with --average-weights over training, batch {batch_size}',
-            turns.ratio(0, 1),
-            'x',
-        )
-
-
-def operator_step(form, batch, dim, classes):
-    """A function that runs forward and backward of one form of the operator, on arrays that are there."""
-    rng = np.random.default_rng(0)
-    executor = mx.sym.Custom(
-        data=mx.sym.var('data'),
-        label=mx.sym.var('label'),
-        op_type=form,
-        name='loss',
-        num_class=classes,
-    ).simple_bind(mx.cpu(), data=(batch, dim))
-    executor.arg_dict['data'][:] = rng.normal(size=(batch, dim))
-    executor.arg_dict['label'][:] = rng.integers(0, classes, batch)
-
-    def step():
-        executor.forward(is_train=True)
-        executor.backward()
-        executor.grad_dict['data'].wait_to_read()
-
-    return step
-
-
-def measure_operator(table, args):
-    """Targets 2 and 4: the operator by itself."""
-    ours, nd, loop = (
-        operator_step(form, 128, 2, 10)
-        for form in ('centerloss', 'centerloss_nd', 'centerloss_loop')
-    )
-    turns = Turns(ours, nd, loop, times=5)
-    table.add(
-        2,
-        'operator, per-sample loop over ours, (B 128, d 2, K 10)',
-        turns.ratio(2, 0),
-        'x',
-        at_least=40,
-    )
-    table.add(
-        '',
-        'operator, the mx.nd form on the CPU over the one on memory, (128, 2, 10)',
-        turns.ratio(1, 0),
-        'x',
-    )
-    for shape in ((128, 2, 10), (256, 128, 1000)):
-        turns = Turns(
-            *(operator_step(form, *shape) for form in ('centerloss', 'centerloss_nothing')),
-            times=100,
-        )
-        table.add(
-            4,
-            f'operator, forward + backward, ({shape[0]}, {shape[1]}, {shape[2]:,})',
-            1e3 * turns.median(0),
-            'ms',
-            at_most=0.5,
-        )
-        table.add(
-            '', '    of that, what an operator takes that does nothing', 1e3 * turns.median(1), 'ms'
-        )
-    turns = Turns(
-        *(operator_step('centerloss', 256, 512, classes) for classes in (1000, 1_000_000)), times=30
-    )
-    table.add(
-        4,
-        'operator, forward + backward, (256, 512, 1,000,000)',
-        1e3 * turns.median(1),
-        'ms',
-        at_most=3,
-    )
-    table.add(
-        4,
-        'operator, K = 1,000,000 over K = 1,000 at (256, 512, K)',
-        turns.ratio(1, 0),
-        'x',
-        at_most=1.5,
-    )
-    for classes in (1000, 1_000_000):
-        added = float(run_part('--memory-of-operator', str(classes)))
-        table.add(
-            4,
-            f'operator, memory added by 20 steps at (256, 512, {classes:,}), centers aside',
-            added,
-            'MB',
-            at_most=8,
-        )
-
-
-def run_part(*options, script=__file__, **environment):
-    """What a script prints that runs in a process of its own."""
-    result = subprocess.run(
-        [sys.executable, script, *options],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if result.returncode:
-        raise Failure(
-            f'{Path(script).name} {" ".join(options)} ended with status {result.returncode}: {result.stderr.strip()}'
-        )
-    return result.stdout
-
-
-def memory_of_operator(classes):
-    """MB of resident memory that steps of the operator add to what its arrays take."""
-    step = operator_step('centerloss', 256, 512, classes)
-    step_of_another_size = operator_step(
-        'centerloss', 8, 512, classes
-    )  # the engine's threads and buffers
-    centers_touched = 256 * 512 * 4 / 1e6
-    step_of_another_size()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(20):
-        step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3 - centers_touched)
-
-
-def measure_loop(table, args):
-    """Target 2: training with the per-sample loop."""
-    joint, loop, _ = networks()
-    batches = endless(data.mnist_iterator(128, dataset='mnist-5k')[0])
-    modules = [module_of(network, 128) for network in (joint, loop)]
-    turns = Turns(
-        *(
-            lambda module=module: train_on(module, itertools.islice(batches, 2), metrics())
-            for module in modules
-        ),
-        rounds=30,
-    )
-    table.add(
-        2, 'training, ours over the per-sample loop, batch 128', turns.ratio(1, 0), 'x', at_least=4
-    )
-
-
-def measure_torch(table, args):
-    """Target 3: the same in PyTorch. Each side has a process of its own, and they take turns: neither has threads that wait in the other's way."""
-    what = 'training with data and metrics, ours over PyTorch, batch 128'
-    if subprocess.run([sys.executable, '-c', 'import torch'], capture_output=True).returncode:
-        table.add(3, f'{what}: torch is not installed', None, 'x', at_least=1.25)
-        return
-    ours, torch, usual = [], [], []
-    for _ in range(4):
-        ours.append(float(run_part('--epochs-of-training', '128')))
-        for order, measured in (('pooling-first', torch), ('tanh-first', usual)):
-            measured.append(
-                float(
-                    run_part(
-                        os.environ['OMP_NUM_THREADS'],
-                        order,
-                        script=ROOT / 'tests' / 'benchmark_torch.py',
-                    )
-                )
-            )
-    table.add(3, what, median_ratio(ours, torch), 'x', at_least=1.25)
-    table.add(
-        '',
-        'the same over PyTorch with each tanh before its pooling, as it is usually written',
-        median_ratio(ours, usual),
-        'x',
-    )
-    table.add(
-        '',
-        'training with data and metrics, PyTorch, batch 128',
-        statistics.median(torch),
-        'images/s',
-    )
-
-
-def measure_engine(table, args):
-    """What MXNet's synchronous engine brings, see runtime.py."""
+def measure_average(report: Report, args: argparse.Namespace) -> None:
+    """Measure what --average-weights costs."""
+    network = get_symbol(vectorized=True)
     for batch_size in (32, 128):
-        ours, usual = [], []
-        for _ in range(3):
-            ours.append(float(run_part('--epochs-of-training', str(batch_size))))
-            usual.append(
-                float(
-                    run_part(
-                        '--epochs-of-training',
-                        str(batch_size),
-                        MXNET_ENGINE_TYPE='ThreadedEnginePerDevice',
-                    )
-                )
-            )
-        table.add(
-            '',
-            f"training with data and metrics, ours over MXNet's usual engine, batch {batch_size}",
-            median_ratio(ours, usual),
-            'x',
-        )
+        plain, averaged = (Training(network, batch_size) for _ in range(2))
+        averaged.batch_end_callback = Average(0.1, averaged.module, {})
+        seconds = report.interleave(plain, averaged, rounds=100)
+        what = f'images/s, with --average-weights over without, batch {batch_size}'
+        report.add(what, seconds[0] / seconds[1])
 
 
-def epochs_of_training(batch_size):
-    """Images per second of training on the embedded digits, the first epoch aside."""
-    batches, _ = data.mnist_iterator(batch_size, dataset='mnist-5k')
-    module = module_of(train.get_symbol(), batch_size)
-
-    def epoch():
-        batches.reset()
-        train_on(module, batches, metrics())
-
-    print(batches.num_batches * batch_size / Turns(epoch, rounds=5).median())
-
-
-@contextlib.contextmanager
-def trained(epochs, *options):
-    """A folder in which train.py has run."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [
-                sys.executable,
-                ROOT / 'train.py',
-                '--batch-size=128',
-                f'--num-epochs={epochs}',
-                *options,
-            ],
-            cwd=folder,
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        yield Path(folder)
+def lenet_variant(image, pairs, pooling_first):
+    """``vectorized.lenet`` with or without the pairs of rows, and either order of the layers."""
+    pool = functools.partial(mx.sym.Pooling, kernel=(2, 2), stride=(2, 2), pool_type='max')
+    tanh = functools.partial(mx.sym.Activation, act_type='tanh')
+    weight, shape = mx.sym.var('conv1_weight', shape=(20, 1, 5, 5)), (20, 1, 5, 5)
+    if pairs:
+        image, weight = vectorized.pairs_of_rows(image, weight, 'conv1')
+        shape = (20, 3, 2, 5)
+    net = vectorized.padded_convolution(image, weight, shape, 'conv1')
+    net = tanh(pool(net)) if pooling_first else pool(tanh(net))
+    weight, shape = mx.sym.var('conv2_weight', shape=(50, 20, 5, 5)), (50, 20, 5, 5)
+    net = vectorized.padded_convolution(net, weight, shape, 'conv2')
+    net = tanh(pool(net)) if pooling_first else pool(tanh(net))
+    net = mx.sym.flatten(mx.sym.slice_axis(net, axis=1, begin=0, end=50))
+    return tanh(mx.sym.FullyConnected(net, num_hidden=500, name='fc1'))
 
 
-def data_options(args):
-    return (
-        ['--data-dir', str(Path(args.data_dir).resolve())]
-        if args.data_dir
-        else ['--dataset', 'mnist-5k']
+def network_variant(**options):
+    """LeNet's objective with such features."""
+    features = functools.partial(lenet_variant, **options)
+    with mock.patch.dict(VECTORIZED_NETWORKS, lenet=features):
+        return get_symbol(vectorized=True)
+
+
+def measure_tricks(report: Report, args: argparse.Namespace) -> None:
+    """Measure what each trick for speed brings: a step without it over a step with it."""
+    network = get_symbol(vectorized=True)
+    for batch_size in (32, 128):
+        make = functools.partial(Training, batch_size=batch_size)
+        variants = {
+            'vectorized layers': make(get_symbol()),
+            'pairs of rows': make(network_variant(pairs=False, pooling_first=True)),
+            'pooling before tanh': make(network_variant(pairs=True, pooling_first=False)),
+            'GroupedUpdater': make(network, kind=mx.mod.Module),
+            "the operator's direct memory": make(with_operator(network, 'centerloss_nd')),
+        }
+        ours, *others = report.interleave(make(network), *variants.values(), rounds=100)
+        for name, seconds in zip(variants, others, strict=True):
+            report.add(f'step, without {name} over with, batch {batch_size}', seconds / ours)
+
+
+def measure_lenet_plus_plus(report: Report, args: argparse.Namespace) -> None:
+    """Measure what the vectorized layers of LeNet++ bring."""
+    plain, ours = (
+        Training(get_symbol(network='lenet++', vectorized=is_vectorized), 64, num_steps=1)
+        for is_vectorized in (False, True)
     )
+    seconds = report.interleave(plain, ours, rounds=20)
+    what = 'step of LeNet++, without vectorized layers over with, batch 64'
+    report.add(what, seconds[0] / seconds[1])
 
 
-def measure_overhead(table, args):
-    """Target 5: train.py, with everything it does, over a bare loop that does the same computations on one batch that lies in memory. The two take turns
-    by the epoch, in one process: a shared machine changes its pace from one second to the next."""
-    digits = data.load_digits('auto' if args.data_dir else 'mnist-5k', args.data_dir)
-    steps, forwards = len(digits.train_images) // 128, round(len(digits.val_images) / 128)
-    module = module_of(train.get_symbol(), 128)
-    label = mx.nd.array(digits.train_labels[:128])
-    batch = mx.io.DataBatch([mx.nd.array(digits.train_images[:128, None] / 256)], [label, label])
+def measure_loop(report: Report, args: argparse.Namespace) -> None:
+    """Compare with the operator as it is usually written."""
+    network = get_symbol(vectorized=True)
+    ours, loop = Training(network, 128), Training(with_operator(network, 'centerloss_loop'), 128)
+    seconds = report.interleave(ours, loop, rounds=30)
+    report.add('images/s, ours over the per-sample loop, batch 128', seconds[1] / seconds[0])
 
-    def bare():
-        for _ in range(steps):
-            module.forward_backward(batch)
-            module.update()
-        for _ in range(forwards):
-            module.forward(batch, is_train=False)
-        mx.nd.waitall()
 
-    turns = AtEpochEnd(bare)
-    logging.getLogger().addHandler(turns)
-    with tempfile.TemporaryDirectory() as folder:
-        sys.argv[1:] = [
-            '--batch-size=128',
-            f'--num-epochs={5 if args.data_dir else 40}',
-            f'--save-model-prefix={folder}/run',
-            f'--log_dir={folder}',
-            *data_options(args),
+def measure_operator(report: Report, args: argparse.Namespace) -> None:
+    """Measure the operator by itself, and its other forms."""
+    for shape in ((128, 2, 10), (256, 128, 1000)):
+        names = ('centerloss', 'centerloss_empty', 'centerloss_nd')
+        steps = [operator_step(name, *shape) for name in names]
+        ours, empty, nd = report.interleave(*steps, rounds=20, times=50)
+        report.add(f'operator, forward and backward, (B, d, K) = {shape}', 1e3 * ours, 'ms')
+        report.add('    an operator that does nothing', 1e3 * empty, 'ms')
+        report.add('    with mx.nd operations over on direct memory', nd / ours)
+    steps = [operator_step(name, 128, 2, 10) for name in ('centerloss', 'centerloss_loop')]
+    ours, loop = report.interleave(*steps, rounds=7, times=3)
+    report.add('operator, per-sample loop over ours, (B, d, K) = (128, 2, 10)', loop / ours)
+
+
+def measure_classes(report: Report, args: argparse.Namespace) -> None:
+    """Measure the operator with a million classes, of which a batch has most once at most."""
+    shape = (256, 512, 1_000_000)
+    few, many = operator_step('centerloss', 256, 512, 1000), operator_step('centerloss', *shape)
+    reduceat = operator_step('centerloss_reduceat', 256, 512, 100_000)
+    few, ours, reduceat = report.interleave(few, many, reduceat, rounds=20, times=30)
+    report.add(f'operator, forward and backward, (B, d, K) = {shape}', 1e3 * ours, 'ms')
+    report.add('    K = 1,000,000 over K = 1,000', ours / few)
+    report.add('    with one reduceat over the sums of all classes over ours', reduceat / ours)
+    tracemalloc.start()
+    many()
+    report.add('    memory of a step', [tracemalloc.get_traced_memory()[1] / 2**20], 'MiB')
+    tracemalloc.stop()
+
+
+def measure_threads(report: Report, args: argparse.Namespace) -> None:
+    """Measure how long a thread should spin before it sleeps, see common/environment.py."""
+    variants = {
+        'as it is': {'OMP_WAIT_POLICY': 'active', 'GOMP_SPINCOUNT': '3000'},
+        'threads that sleep': {'OMP_WAIT_POLICY': 'passive', 'GOMP_SPINCOUNT': '0'},
+        'threads that spin for long': {'OMP_WAIT_POLICY': 'active', 'GOMP_SPINCOUNT': '10000000'},
+    }
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(TrainingProcess('tools.benchmark', '--train-on-request', **variant))
+            for variant in variants.values()
         ]
-        train.main()
-    between, inserted = (
-        turns.between[1:],
-        turns.inserted[:-1],
-    )  # the first epoch aside; an epoch and the loop before it are a pair
-    table.add(
-        5,
-        'train.py over a bare loop of the same forwards, backwards and updates',
-        median_ratio(inserted, between),
-        'x',
-        at_least=0.95,
-    )
-    table.add(
-        '',
-        'train.py, training images with validation, log and checkpoints',
-        steps * 128 / statistics.median(between),
-        'images/s',
-    )
+        ours, *others = report.interleave(*processes, rounds=10)
+    for name, seconds in zip(list(variants)[1:], others, strict=True):
+        report.add(f'step, with {name} over as it is, batch 128', seconds / ours)
+
+
+def measure_torch(report: Report, args: argparse.Namespace) -> None:
+    """Compare with PyTorch, in processes that take turns by the epoch."""
+    with contextlib.ExitStack() as stack:
+        processes = [TrainingProcess('tools.benchmark', '--train-on-request')]
+        processes += [TrainingProcess('tools.benchmark_torch', form) for form in FORMS]
+        for process in processes:
+            stack.enter_context(process)
+        ours, *others = report.interleave(*processes, rounds=15)
+    for form, seconds in zip(FORMS.values(), others, strict=True):
+        report.add(f'images/s, ours over PyTorch, {form}', seconds / ours)
+
+
+def train_on_request() -> None:
+    """Train an epoch on the embedded digits for every line on stdin."""
+    training = Training(get_symbol(vectorized=True), 128, num_steps=4000 // 128)
+    for _ in sys.stdin:
+        training()
+        print('done', flush=True)
 
 
 class AtEpochEnd(logging.Handler):
-    """Calls a function whenever train.py logs the end of an epoch: seconds of it, ``inserted``, and of the epochs between, ``between``."""
+    """Calls a function whenever train.py logs the end of an epoch.
 
-    def __init__(self, call):
+    ``between`` are the seconds from the end of one call to the beginning of the next, ``called``
+    those of the calls.
+    """
+
+    def __init__(self, function: Callable):
         super().__init__()
-        self.call = call
-        self.between, self.inserted = [], []
+        self.function = function
+        self.between, self.called = [], []
         self.begin = time.perf_counter()
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take in a line of the log."""
         if 'Validation-center_loss' in record.getMessage():
             end = time.perf_counter()
-            self.call()
+            self.function()
             self.between.append(end - self.begin)
             self.begin = time.perf_counter()
-            self.inserted.append(self.begin - end)
+            self.called.append(self.begin - end)
 
 
-def flops_per_image():
-    """Floating-point operations of a training step per image: two a multiplication and addition; the backward pass has two products for the forward's
-    one, but the first layer needs no gradient of the image."""
-    network = train.get_symbol()
-    layers = network.get_internals()
-    _, outputs, _ = layers.infer_shape(data=(1, 1, 28, 28))
-    shapes = dict(zip(layers.list_outputs(), outputs))
-    products = {
-        name.removesuffix('_weight'): int(
-            np.prod(shapes[name]) * np.prod(shapes[f'{name.removesuffix("_weight")}_output'][2:])
-        )
-        for name in network.list_arguments()
-        if name.endswith('_weight')
-    }
-    return 2 * sum((2 if name == 'conv1' else 3) * count for name, count in products.items())
+def measure_overhead(report: Report, args: argparse.Namespace) -> None:
+    """Compare train.py, with all that it does, with a bare loop; they alternate by epochs."""
+    digits = load_digits(args.dataset, args.data_dir)
+    num_steps, num_forwards = len(digits.train_images) // 128, round(len(digits.val_images) / 128)
+    module = Training(get_symbol(vectorized=True), 128).module
+    images, label = digits.train_images[:128, None] / 256, mx.nd.array(digits.train_labels[:128])
+    batch = mx.io.DataBatch([mx.nd.array(images)], [label] * len(LABELS))
 
-
-def measure_flops(table, args):
-    """Target 6: the arithmetic achieved, as a share of what a product of large matrices achieves."""
-    size = 2048
-    a, b = mx.nd.ones((size, size)), mx.nd.ones((size, size))
-    turns = Turns(lambda: mx.nd.dot(a, b), thirty_steps())
-    product, step = turns.median(0), turns.median(1)
-    table.add('', 'operations of a training step per image', flops_per_image() / 1e6, 'Mflop')
-    table.add(
-        '', f'product of two matrices of {size} x {size}', 2 * size**3 / product / 1e9, 'Gflop/s'
-    )
-    table.add('', 'training step, batch 128', flops_per_image() * 128 * 30 / step / 1e9, 'Gflop/s')
-    table.add(
-        6,
-        'training step over the product of matrices, share of its rate',
-        flops_per_image() * 128 * 30 / step / (2 * size**3 / product),
-        'x',
-    )
-    table.rows += json.loads(
-        run_part('--part', 'profile', MXNET_ENGINE_TYPE='ThreadedEnginePerDevice')
-    )  # the synchronous one tells every operator twice
-
-
-def thirty_steps():
-    """A function that makes 30 training steps of batch 128, of a module of its own."""
-    module, label = module_of(train.get_symbol(), 128), mx.nd.zeros(128)
-    batch = mx.io.DataBatch([mx.nd.zeros((128, 1, 28, 28))], [label, label])
-
-    def steps():
-        for _ in range(30):
+    def bare_epoch():
+        for _ in range(num_steps):
             module.forward_backward(batch)
             module.update()
+        for _ in range(num_forwards):
+            module.forward(batch, is_train=False)
         mx.nd.waitall()
 
-    return steps
+    handler = AtEpochEnd(bare_epoch)
+    logging.getLogger().addHandler(handler)
+    num_epochs = 1 + min(4 if args.data_dir else 40, report.max_rounds)
+    options = ['--batch-size=128', f'--num-epochs={num_epochs}', *args.data_options]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        train_main([*options, f'--save-model-prefix={folder}/run', f'--log-dir={folder}'])
+    # A call and the epoch after it are a pair; the first epoch does not count.
+    between, called = np.array(handler.between[1:]), np.array(handler.called[:-1])
+    report.add('images/s, train.py over a bare loop of the same computations', called / between)
+    report.add('    train.py with all that it does', num_steps * 128 / between, 'images/s')
 
 
-def profile(table, args):
-    """Rows of what the operators of a step take, one by one instead of in the groups that the engine runs as one otherwise."""
-    os.environ['MXNET_EXEC_BULK_EXEC_TRAIN'] = '0'
-    steps = thirty_steps()
-    steps()
-    mx.profiler.set_config(
-        profile_symbolic=True, profile_imperative=True, aggregate_stats=True, filename=os.devnull
-    )
-    mx.profiler.set_state('run')
-    steps()
-    mx.profiler.set_state('stop')
-    spent = {
-        name: float(total) / 30
-        for name, total in re.findall(
-            r'^(\S+) +\d+ +([\d.]+) ', mx.profiler.dumps(reset=True), re.MULTILINE
-        )
-        if 'Memory' not in name and not name.startswith('MX')
-    }  # MX: calls of the library, which wait for the operators
-    for name, milliseconds in sorted(spent.items(), key=lambda item: -item[1])[:16]:
-        table.add('', f'    of a step of batch 128: {name}', milliseconds, 'ms')
+FIRST_BATCH = """
+import os, resource, sys, time
+from common.environment import mx
+def memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+bare = memory()
+import common.module, train
+def print_and_exit(*arguments):
+    print(time.time(), memory() - bare, flush=True)
+    os._exit(0)
+common.module.Module.forward_backward = print_and_exit
+train.main(sys.argv[1:])
+"""
 
 
-def measure_start_up(table, args):
-    """Target 7: from the command to the first batch, and the memory by then."""
-    program = (
-        f'import sys, time, resource; sys.path.insert(0, {str(ROOT)!r})\n'
-        'from runtime import mx\n'
-        'bare = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
-        'import train, train_model, os\n'
-        'def first(self, batch):\n'
-        '    print(time.time(), bare, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)\n'
-        '    os._exit(0)\n'
-        'train_model.Module.forward_backward = first\n'
-        'train.main()\n'
-    )
-    sets = [('the embedded digits', ['--dataset', 'mnist-5k'], 3)] + (
-        [('all of MNIST', data_options(args), 5)] if args.data_dir else []
-    )
-    for name, options, limit in sets:
-        seconds, added = [], []
-        for _ in range(4):
-            with tempfile.TemporaryDirectory() as folder:
-                begin = time.time()
-                result = subprocess.run(
-                    [sys.executable, '-c', program, '--batch-size=128', *options],
-                    cwd=folder,
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                )
-            now, bare, used = map(float, result.stdout.split())
+def measure_start_up(report: Report, args: argparse.Namespace) -> None:
+    """Measure the time from the command to the first batch."""
+    seconds, added, helped = [], [], []
+    for _ in range(min(5, report.max_rounds)):
+        with tempfile.TemporaryDirectory() as folder:
+            begin = time.time()
+            options = ['--batch-size=128', *args.data_options]
+            told = run_python('-c', FIRST_BATCH, *options, cwd=folder, PYTHONPATH=str(ROOT))
+            now, kilobytes = map(float, told.split())
             seconds.append(now - begin)
-            added.append((used - bare) / 1e3)
-        table.add(
-            7,
-            f'from the command to the first batch, {name}',
-            statistics.median(seconds),
-            's',
-            at_most=limit,
-        )
-        table.add(
-            7,
-            f'memory above the bare import at the first batch, {name}',
-            statistics.median(added),
-            'MB',
-            at_most=500,
-        )
+            added.append(kilobytes / 1024)
+            begin = time.time()
+            run_python(ROOT / 'vis.py', '--help')
+            helped.append(time.time() - begin)
+    report.add('from python train.py to the first batch', seconds, 's')
+    report.add('    memory by then, above that of the imported MXNet', added, 'MiB')
+    report.add('python vis.py --help', helped, 's')
 
 
-def measure_vis(table, args):
-    """Target 8: embedding and drawing every image there is."""
-    with trained(1, *data_options(args)) as folder:
-        begin = time.perf_counter()
-        told = [
-            subprocess.run(
-                [sys.executable, ROOT / 'vis.py', '--split', split, *data_options(args)],
-                cwd=folder,
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
-            for split in ('train', 'val')
-        ]
-        seconds = time.perf_counter() - begin
-    images = sum(int(re.search(r': (\d+) images of ', text)[1]) for text in told)
-    table.add(8, f'vis.py, both splits, {images:,} images', seconds, 's', at_most=25)
+def measure_vis(report: Report, args: argparse.Namespace) -> None:
+    """Measure how long vis.py takes for all training and all test images."""
+    digits, seconds = load_digits(args.dataset, args.data_dir), []
+    with tempfile.TemporaryDirectory() as folder:
+        options = ['--batch-size=128', '--num-epochs=1', *args.data_options]
+        run_python(ROOT / 'train.py', *options, cwd=folder)
+        for _ in range(min(3, report.max_rounds)):
+            begin = time.perf_counter()
+            for split in ('train', 'val'):
+                options = [f'--split={split}', *args.data_options]
+                run_python(ROOT / 'vis.py', *options, cwd=folder, MPLBACKEND='Agg')
+            seconds.append(time.perf_counter() - begin)
+    count = len(digits.train_images) + len(digits.val_images)
+    report.add(f'python vis.py, both splits, {count:,} images', seconds, 's')
 
 
 PARTS = {
-    'throughput': measure_throughput,
+    'joint': measure_joint,
     'average': measure_average,
-    'engine': measure_engine,
-    'operator': measure_operator,
+    'tricks': measure_tricks,
+    'lenet++': measure_lenet_plus_plus,
     'loop': measure_loop,
+    'operator': measure_operator,
+    'classes': measure_classes,
+    'threads': measure_threads,
     'torch': measure_torch,
     'overhead': measure_overhead,
-    'flops': measure_flops,
     'start-up': measure_start_up,
     'vis': measure_vis,
 }
 
 
-def main():
-    parser = ArgumentParser(
-        description='How fast it is, as ratios of things that run side by side.'
-    )
-    parser.add_argument(
-        '--data-dir',
-        metavar='DIR',
-        help='folder of the IDX files for the parts that train.py runs in; the embedded digits without it',
-    )
-    parser.add_argument(
-        '--only',
-        nargs='+',
-        choices=list(PARTS),
-        default=list(PARTS),
-        metavar='PART',
-        help='these parts',
-    )
-    parser.add_argument(
-        '--json', type=Path, metavar='FILE', help='write the table for machines, too'
-    )
-    parts = parser.add_argument_group('what runs in a process of its own')
-    parts.add_argument(
-        '--part', choices=[*PARTS, 'profile'], help='print the rows of this part as JSON'
-    )
-    parts.add_argument(
-        '--memory-of-operator',
-        type=int,
-        metavar='K',
-        help='print the memory that the operator adds with K classes',
-    )
-    parts.add_argument(
-        '--epochs-of-training',
-        type=int,
-        metavar='B',
-        help='print the images per second of training with batches of B',
-    )
-    args = parser.parse_args()
-    if args.part:
-        table = Table()
-        {**PARTS, 'profile': profile}[args.part](table, args)
-        print(json.dumps(table.rows))
-    elif args.memory_of_operator:
-        memory_of_operator(args.memory_of_operator)
-    elif args.epochs_of_training:
-        epochs_of_training(args.epochs_of_training)
+def machine() -> dict[str, str]:
+    """Return the processor, its instruction set, the number of threads, and versions."""
+    with contextlib.suppress(OSError):
+        names = re.findall(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
+    return {'processor': f'{available_cpus()} of {names[0] if names else "unknown"}', **versions()}
+
+
+def main(argv: Sequence[str] = ()) -> None:
+    """Run the parts, each in a process of its own, and print the table."""
+    parser = ArgumentParser(description='Measure how fast this is, by interleaved comparisons.')
+    add = parser.add_argument
+    add('--data-dir', type=Path, metavar='DIR', help='folder of the IDX files for train.py, vis.py')
+    add('--only', nargs='+', choices=list(PARTS), default=list(PARTS), metavar='PART')
+    add('--rounds', type=number(int, minimum=1), default=MAX_ROUNDS, help='to take fewer rounds')
+    add('--json', type=Path, metavar='FILE', help='write the table to this file')
+    add('--part', choices=list(PARTS), help='measure in this process and print JSON')
+    add('--train-on-request', action='store_true', help='train an epoch for every line on stdin')
+    args = parser.parse_args(list(argv))
+    args.dataset, args.data_options = 'mnist-5k', ['--dataset=mnist-5k']
+    if args.data_dir:
+        args.data_dir = args.data_dir.resolve()
+        args.dataset, args.data_options = 'auto', [f'--data-dir={args.data_dir}']
+    report = Report(args.rounds)
+    if args.train_on_request:
+        train_on_request()
+    elif args.part:
+        PARTS[args.part](report, args)
+        print(json.dumps(report.rows))
     else:
-        run_all(args)
+        measure_all(report, args)
 
 
-def run_all(args):
-    """Every part in turn, and the table."""
-    table = Table()
-    for name in tqdm(args.only, desc='parts', disable=None):
-        table.rows += json.loads(
-            run_part('--part', name, *(['--data-dir', args.data_dir] if args.data_dir else []))
-        )
-    print(
-        f'{available_cpus()} cores, {os.environ["OMP_NUM_THREADS"]} threads, MXNet {mx.__version__}'
-    )
-    print(table)
+def measure_all(report: Report, args: argparse.Namespace) -> None:
+    """Measure the chosen parts, and print the table."""
+    print(', '.join(f'{key} {value}' for key, value in machine().items()), flush=True)
+    data_dir = [f'--data-dir={args.data_dir}'] if args.data_dir else []
+    for part in tqdm(args.only, desc='parts', disable=None):
+        if part == 'torch' and importlib.util.find_spec('torch') is None:
+            print('PyTorch is not compared: it is not installed (pip install torch)')
+            continue
+        options = [f'--part={part}', f'--rounds={args.rounds}', *data_dir]
+        report.rows += json.loads(run_python('-m', 'tools.benchmark', *options))
+    print(report)
     if args.json:
-        beside = args.json.with_name(f'.{args.json.name}')
-        beside.write_text(
-            json.dumps(
-                {
-                    'cores': available_cpus(),
-                    'threads': int(os.environ['OMP_NUM_THREADS']),
-                    'rows': table.rows,
-                },
-                indent=1,
-            )
-            + '\n'
-        )
-        beside.replace(args.json)
+        with replace_when_whole(args.json) as path:
+            path.write_text(json.dumps({'machine': machine(), 'rows': report.rows}, indent=1))
 
 
 if __name__ == '__main__':

@@ -1,198 +1,191 @@
-"""Several devices and several workers on the CPU: how far centers would drift apart, what keeping them equal costs, and how the work scales.
+"""Several devices and workers on the CPU: how far centers drift apart, cost, and scaling.
 
-    python tests/benchmark_devices.py --parts drift cost scaling
+    python -m tools.benchmark_devices
+    python -m tools.benchmark_devices --only drift
 
-All times are of sides that take turns in one run; what counts are the ratios. CPU contexts share the cores of one machine: they show that nothing
-is lost, not what several GPUs gain.
+drift    how far the copies of the centers on several devices would drift apart by themselves
+cost     what keeping them equal costs a step
+scaling  seconds of an epoch on several devices and with several workers
+
+The variants take turns, and the ratios count. CPU contexts share the cores of one machine: they
+show that nothing is lost, not what several GPUs gain.
 """
 
+import os
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
 
-from runtime import ArgumentParser, mx, run_script  # noqa: E402  (first, for a Ctrl-C while all this is imported)
-
-import numpy as np  # noqa: E402
-
-import data  # noqa: E402
-import train  # noqa: E402
-import train_model  # noqa: E402
-
-LABELS = ['softmax_label', 'center_label']
+from common.environment import THREADS_CHOSEN_BY_USER, mx
+from common.command_line import ArgumentParser, run_script
+from common.module import Module
+from data import mnist_iterator
+from tools.measuring import LABELS, ROOT, run_python
+from train import INITIALIZERS, get_symbol
 
 
-class Apart(train_model.Module):
-    """A Module whose devices move their own copies of the centers until the epoch ends, as MXNet alone would have it."""
+class SeparateCenters(Module):
+    """A Module whose devices move their own copies of the centers, as in MXNet alone."""
 
-    def forward_backward(self, data_batch):
-        super(train_model.Module, self).forward_backward(data_batch)
-
-    def update(self):
-        super(train_model.Module, self).update()
+    def forward_backward(self, data_batch: mx.io.DataBatch) -> None:
+        """Compute outputs and gradients, and keep nothing to join the centers with."""
+        mx.mod.Module.forward_backward(self, data_batch)
 
 
-def ready(module, batches):
+def prepare(module: Module, batches: mx.io.DataIter | mx.io.DataBatch) -> Module:
+    """Bind a module, with the same initial weights as any other, and set up its optimizer."""
     mx.random.seed(0)
     module.bind(batches.provide_data, batches.provide_label)
-    module.init_params(train_model.INITIALIZERS['xavier'])
+    module.init_params(INITIALIZERS['xavier'])
     module.init_optimizer(
-        kvstore='local' if len(module._context) > 1 else None,
+        kvstore='local',
         optimizer_params={'learning_rate': 0.02, 'momentum': 0.9, 'wd': 5e-4},
     )
     return module
 
 
-def step(module, batch):
+def step(module: Module, batch: mx.io.DataBatch) -> None:
+    """Make a training step."""
     module.forward_backward(batch)
     module.update()
     mx.nd.waitall()
 
 
-def drift(epochs=5):
-    """Two or four devices on the embedded sample: the largest distance between two copies of a center, against the distance to the nearest other center."""
-    for devices in (2, 4):
-        contexts = [mx.cpu(i) for i in range(devices)]
-        apart, exact = (
-            kind(train.get_symbol(), label_names=LABELS, context=contexts)
-            for kind in (Apart, train_model.Module)
+def measure_drift(num_devices: Sequence[int] = (2, 4), num_epochs: int = 5) -> None:
+    """Print the largest distance between two copies of a center, on the embedded digits."""
+    for count in num_devices:
+        contexts = [mx.cpu(i) for i in range(count)]
+        batches, _ = mnist_iterator(128, dataset='mnist-5k')
+        separate, joined = (
+            prepare(kind(get_symbol(), label_names=LABELS, context=contexts), batches)
+            for kind in (SeparateCenters, Module)
         )
-        batches, _ = data.mnist_iterator(128, dataset='mnist-5k')
-        ready(apart, batches), ready(exact, batches)
-        for epoch in range(epochs):
-            worst, typical = 0, []
+        for epoch in range(num_epochs):
+            widest, relative = 0, []
             for batch in batches:
-                step(apart, batch)
-                step(exact, batch)
-                copies = np.stack(
-                    [copy.asnumpy() for copy in apart._centers()[0][1]]
-                )  # (devices, K, d)
-                between = np.linalg.norm(copies.mean(axis=0)[:, None] - copies.mean(axis=0), axis=2)
+                step(separate, batch)
+                step(joined, batch)
+                copies = np.stack([copy.asnumpy() for copy in separate._centers()[0][1]])
+                means = copies.mean(axis=0)  # of copies (devices, K, d)
+                between = np.linalg.norm(means[:, None] - means, axis=2)  # (K, K)
                 nearest = (between + np.diag([np.inf] * len(between))).min(axis=1)
                 distance = np.linalg.norm(copies - copies[:1], axis=2).max(axis=0)  # (K,)
-                worst, typical = (
-                    max(worst, distance.max()),
-                    [*typical, np.median(distance / nearest)],
-                )
-            centers = [
+                widest = max(widest, distance.max())
+                relative.append(np.median(distance / nearest))
+            mean, exact = (
                 module.get_params()[1]['center_loss_center_bias'].asnumpy()
-                for module in (apart, exact)
-            ]
-            off = np.linalg.norm(centers[0] - centers[1], axis=1).max()
-            apart.set_params(*apart.get_params())
+                for module in (separate, joined)
+            )
+            separate.set_params(*separate.get_params())  # MXNet joins the copies once an epoch
             batches.reset()
             print(
-                f'{devices} devices, epoch {epoch + 1}: copies up to {worst:.3f} apart, in the median {statistics.median(typical):.1%} of the distance to '
-                f'the nearest other center; their mean up to {off:.3f} from the exact centers (norm {np.linalg.norm(centers[1], axis=1).mean():.2f})'
+                f'{count} devices, epoch {epoch + 1}: copies up to {widest:.3f} apart, in the '
+                f'median {np.median(relative):.1%} of the distance to the nearest other center; '
+                f'their mean up to {np.linalg.norm(mean - exact, axis=1).max():.3f} from the exact '
+                f'centers (mean norm {np.linalg.norm(exact, axis=1).mean():.2f})'
             )
 
 
-def embedding_alone(num_class, dimension):
-    """Embeddings straight from the data, and the center loss on them: what is left is the operator and the Module around it."""
-    embedding = mx.sym.FullyConnected(mx.sym.var('data'), num_hidden=dimension, name='embedding')
+def center_loss_alone(num_classes: int, dim: int) -> mx.sym.Symbol:
+    """Return a center loss on one dense layer: the operator and the Module around it remain."""
+    embedding = mx.sym.FullyConnected(mx.sym.var('data'), num_hidden=dim, name='embedding')
     return mx.sym.Custom(
         data=embedding,
         label=mx.sym.var('center_label'),
         op_type='centerloss',
         name='center_loss',
-        num_class=num_class,
+        num_class=num_classes,
         normalization='null',
     )
 
 
-def cost(batch_size=128, steps=60):
-    """Milliseconds of a step on two devices, with centers apart and with exact ones."""
-    rng = np.random.default_rng(0)
-    cases = {
-        'LeNet, K=10, d=2': (train.get_symbol(), LABELS, (1, 28, 28), 10),
-        'K=10, d=2': (embedding_alone(10, 2), LABELS[1:], (2,), 10),
-        'K=100,000, d=512': (embedding_alone(100_000, 512), LABELS[1:], (512,), 100_000),
-    }
-    for name, (network, labels, shape, num_class) in cases.items():
+CASES = {  # network, names of its labels, shape of an image, K
+    'LeNet, K=10, d=2': (get_symbol(), LABELS, (1, 28, 28), 10),
+    'K=10, d=2': (center_loss_alone(10, 2), LABELS[1:], (2,), 10),
+    'K=100,000, d=512': (center_loss_alone(100_000, 512), LABELS[1:], (512,), 100_000),
+}
 
-        def batch(shape=shape, labels=labels, num_class=num_class):
-            label = mx.nd.array(rng.integers(num_class, size=batch_size))
-            images = mx.nd.array(rng.random((batch_size, *shape)))
-            return mx.io.DataBatch(
-                [images],
-                [label] * len(labels),
-                provide_data=[mx.io.DataDesc('data', images.shape)],
-                provide_label=[mx.io.DataDesc(one, label.shape) for one in labels],
-            )
 
-        batches = [batch() for _ in range(8)]
+def random_batch(rng, batch_size, labels, shape, num_classes):
+    """Return a batch of random images and labels."""
+    label = mx.nd.array(rng.integers(num_classes, size=batch_size))
+    return mx.io.DataBatch(
+        [mx.nd.array(rng.random((batch_size, *shape)))],
+        [label] * len(labels),
+        provide_data=[mx.io.DataDesc('data', (batch_size, *shape))],
+        provide_label=[mx.io.DataDesc(name, (batch_size,)) for name in labels],
+    )
+
+
+def measure_cost(
+    cases: Sequence[str] = tuple(CASES), batch_size: int = 128, num_steps: int = 60
+) -> None:
+    """Print the milliseconds of a step on two devices, with separate centers and with joined."""
+    for name in cases:
+        network, labels, *described = CASES[name]
+        rng = np.random.default_rng(0)
+        batches = [random_batch(rng, batch_size, labels, *described) for _ in range(8)]
         modules = [
-            ready(kind(network, label_names=labels, context=[mx.cpu(0), mx.cpu(1)]), batches[0])
-            for kind in (Apart, train_model.Module)
+            prepare(kind(network, label_names=labels, context=[mx.cpu(0), mx.cpu(1)]), batches[0])
+            for kind in (SeparateCenters, Module)
         ]
-        times = [[], []]
-        for number in range(steps):
-            for module, own in zip(modules, times):
+        seconds = np.empty((num_steps, 2))
+        for i in range(num_steps):
+            for j, module in enumerate(modules):
                 begin = time.perf_counter()
-                step(module, batches[number % len(batches)])
-                own.append(time.perf_counter() - begin)
-        apart, exact = (statistics.median(own[5:]) for own in times)
+                step(module, batches[i % len(batches)])
+                seconds[i, j] = time.perf_counter() - begin
+        separate, joined = 1e3 * np.median(seconds[min(5, num_steps // 2) :], axis=0)
         print(
-            f'{name}: {1000 * apart:.2f} ms apart, {1000 * exact:.2f} ms exact, difference {1000 * (exact - apart):.2f} ms, ratio {exact / apart:.3f}'
+            f'{name}: {separate:.2f} ms with separate centers, {joined:.2f} ms with joined ones, '
+            f'difference {joined - separate:.2f} ms, ratio {joined / separate:.3f}'
         )
 
 
-def scaling(total_batch=96, rounds=2):
-    """Seconds of an epoch of the embedded sample at one total batch: in one process, on devices, with workers."""
-    sides = {
-        'one process': ['--cpus=0'],
-        'two devices': ['--cpus=0,1'],
-        'four devices': ['--cpus=0,1,2,3'],
-        '1 worker': ['--num-workers=1'],
-        '2 workers': ['--num-workers=2'],
-        '3 workers': ['--num-workers=3'],
+def measure_scaling(total_batch: int = 96, num_rounds: int = 2) -> None:
+    """Print the seconds of an epoch of the embedded digits, all with the same total batch."""
+    variants = {
+        'one process': '--cpus=0',
+        'two devices': '--cpus=0,1',
+        'four devices': '--cpus=0,1,2,3',
+        **{f'{count} workers': f'--num-workers={count}' for count in (1, 2, 3)},
     }
-    times = {side: [] for side in sides}
-    environment = {
-        name: value for name, value in train_model.os.environ.items() if not name.startswith('OMP_')
-    }
-    for _ in range(rounds):
-        for side, line in sides.items():
-            workers = int(line[0].split('=')[1]) if 'workers' in line[0] else 1
+    seconds = {name: [] for name in variants}
+    if not THREADS_CHOSEN_BY_USER:  # every variant shares the processors in its own way
+        for name in ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'):
+            os.environ.pop(name, None)
+    for _ in range(num_rounds):
+        for name, option in variants.items():
+            workers = int(option[-1]) if 'workers' in option else 1
+            options = ['--dataset=mnist-5k', f'--batch-size={total_batch // workers}', option]
             with tempfile.TemporaryDirectory() as folder:
-                result = subprocess.run(
-                    [
-                        sys.executable,
-                        str(ROOT / 'train.py'),
-                        '--dataset=mnist-5k',
-                        f'--batch-size={total_batch // workers}',
-                        '--num-epochs=4',
-                        *line,
-                    ],
-                    cwd=folder,
-                    capture_output=True,
-                    text=True,
-                    env=environment,
-                )
-                epochs = re.findall(r'Node\[0\] Epoch\[[1-9]\] Time cost=(\S+)', result.stderr)
-                accuracy = re.findall(r'Epoch\[3\] Validation-accuracy=(\S+)', result.stderr)[-1]
-            times[side] += map(float, epochs)
-            print(f'{side}: {", ".join(epochs)} s, validation accuracy {accuracy}', flush=True)
-    alone = statistics.median(times['one process'])
-    for side, own in times.items():
-        print(
-            f'{side}: {statistics.median(own):.2f} s an epoch, {alone / statistics.median(own):.2f} times the speed of one process'
-        )
+                run_python(ROOT / 'train.py', *options, '--num-epochs=4', cwd=folder)
+                log = Path(folder, 'log.txt').read_text()
+            epochs = re.findall(r'Node\[0\] Epoch\[[1-9]\] Time cost=(\S+)', log)
+            accuracy = re.findall(r'Epoch\[3\] Validation-accuracy=(\S+)', log)[-1]
+            seconds[name] += map(float, epochs)
+            print(f'{name}: {", ".join(epochs)} s, accuracy {accuracy}', flush=True)
+    one = statistics.median(seconds['one process'])
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        print(f'{name}: {median:.2f} s an epoch, {one / median:.2f} times as fast as one process')
 
 
-PARTS = {'drift': drift, 'cost': cost, 'scaling': scaling}
+PARTS = {'drift': measure_drift, 'cost': measure_cost, 'scaling': measure_scaling}
 
 
-def main():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS))
-    for part in parser.parse_args().parts:
+def main(argv: Sequence[str] = ()) -> None:
+    """Measure the chosen parts."""
+    parser = ArgumentParser(description='Measure several devices and workers on the CPU.')
+    parser.add_argument(
+        '--only', nargs='+', choices=list(PARTS), default=list(PARTS), metavar='PART'
+    )
+    for part in parser.parse_args(list(argv)).only:
         PARTS[part]()
 
 

@@ -1,84 +1,121 @@
-"""The same training in PyTorch, for tests/benchmark.py: prints images per second.
+"""The same training in PyTorch, for ``tools.benchmark``.
 
-    python tests/benchmark_torch.py THREADS pooling-first|tanh-first
+    python -m tools.benchmark_torch usual --epochs=5    prints the seconds of every epoch
 
-LeNet with softmax and center loss, SGD with momentum, data and metrics included, written the way a careful PyTorch user would: no Python per sample.
-tanh-first is the order of LeNet as it is usually written, pooling-first the same function in the order that train.py computes it in.
+LeNet with softmax and center loss on the embedded digits, SGD with momentum, data and metrics
+included, as a careful PyTorch user would write it: no Python per sample. The number of threads is
+OMP_NUM_THREADS.
 """
 
-import statistics
+import os
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
-from torch import nn
 
+from common.command_line import ArgumentParser, number, run_script
+from common.errors import InputError
 from data import load_digits
-from runtime import run_script
+
+try:
+    import torch
+except ModuleNotFoundError:
+    torch = None
 
 BATCH_SIZE = 128
-ALPHA, WEIGHT = 0.5, 0.01
+ALPHA, CENTER_LOSS_WEIGHT = 0.5, 0.01
+FORMS = {
+    'usual': 'as usually written',
+    'pooling-first': 'pooling before tanh, fused SGD',
+    'channels-last': 'the same with channels_last',
+}
 
 
-def main():
-    torch.set_num_threads(int(sys.argv[1]))
+def training(form: str) -> Callable[[], None]:
+    """Return a function that trains an epoch."""
+    nn = torch.nn
+    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
     torch.manual_seed(0)
-    digits = load_digits('mnist-5k')
-    # By way of bytes: it does not depend on which NumPy this PyTorch was built for.
-    images = torch.frombuffer(bytearray(digits.train_images.tobytes()), dtype=torch.uint8).reshape(
-        -1, 1, 28, 28
-    )
-    labels = torch.frombuffer(bytearray(digits.train_labels.tobytes()), dtype=torch.uint8).long()
-    activation = (
-        [nn.MaxPool2d(2), nn.Tanh()]
-        if sys.argv[2] == 'pooling-first'
-        else [nn.Tanh(), nn.MaxPool2d(2)]
-    )
+    memory_format = torch.channels_last if form == 'channels-last' else torch.contiguous_format
+    images, labels = training_images()
+    layers = [nn.Tanh(), nn.MaxPool2d(2)]
+    if form != 'usual':  # the same function: tanh is monotonic
+        layers.reverse()
     features = nn.Sequential(
         nn.Conv2d(1, 20, 5),
-        *activation,
+        *layers,
         nn.Conv2d(20, 50, 5),
-        *activation,
+        *layers,
         nn.Flatten(),
         nn.Linear(800, 500),
         nn.Tanh(),
         nn.Linear(500, 2),
-    )
-    classifier = nn.Linear(2, 10)
-    centers = torch.zeros(10, 2)
+    ).to(memory_format=memory_format)
+    classifier, centers = nn.Linear(2, 10), torch.zeros(10, 2)
     optimizer = torch.optim.SGD(
-        [*features.parameters(), *classifier.parameters()], lr=0.01, momentum=0.9, weight_decay=5e-4
+        [*features.parameters(), *classifier.parameters()],
+        lr=0.01,
+        momentum=0.9,
+        weight_decay=5e-4,
+        fused=None if form == 'usual' else True,
     )
-    seconds = []
-    for epoch in range(6):
-        order = np.random.default_rng((0, epoch)).permutation(len(images))
-        order = torch.frombuffer(bytearray(order.astype(np.int64).tobytes()), dtype=torch.int64)
-        begin, correct, total = time.perf_counter(), 0, 0.0
-        for first in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):
-            index = order[first : first + BATCH_SIZE]
-            image, label = images[index].float() / 256, labels[index]
-            embedding = features(image)
-            logits = classifier(embedding)
+    rng = np.random.default_rng(0)
+
+    def train_epoch():
+        order = to_tensor(rng.permutation(len(images)), torch.int64)
+        correct, total = 0, 0.0
+        for index in order.split(BATCH_SIZE)[: len(order) // BATCH_SIZE]:
+            image = (images[index].float() / 256).contiguous(memory_format=memory_format)
+            label = labels[index]  # (B,)
+            embedding = features(image)  # (B, 2)
+            logits = classifier(embedding)  # (B, 10)
             difference = embedding - centers[label]
             center_loss = difference.square().sum() / 2 / BATCH_SIZE
+            loss = nn.functional.cross_entropy(logits, label) + CENTER_LOSS_WEIGHT * center_loss
             optimizer.zero_grad(set_to_none=True)
-            (nn.functional.cross_entropy(logits, label) + WEIGHT * center_loss).backward()
+            loss.backward()
             optimizer.step()
             with torch.no_grad():
                 count = torch.bincount(label, minlength=10)
-                centers += (
-                    ALPHA
-                    * torch.zeros_like(centers).index_add_(0, label, difference)
-                    / (1 + count)[:, None]
-                )
+                step = torch.zeros_like(centers).index_add_(0, label, difference)
+                centers.add_(ALPHA * step / (1 + count)[:, None])
                 correct += int((logits.argmax(1) == label).sum())
-                total += float(center_loss)
-        seconds.append(time.perf_counter() - begin)
-    print(len(order) // BATCH_SIZE * BATCH_SIZE / statistics.median(seconds[1:]))
+                total += float(loss)
+
+    return train_epoch
+
+
+def training_images() -> tuple:
+    """Return the embedded digits, uint8 (N, 1, 28, 28), and their labels, int64 (N,)."""
+    digits = load_digits('mnist-5k')
+    images = to_tensor(digits.train_images, torch.uint8).reshape(-1, 1, 28, 28)
+    return images, to_tensor(digits.train_labels, torch.uint8).long()
+
+
+def to_tensor(array: np.ndarray, dtype: 'torch.dtype') -> 'torch.Tensor':
+    """Convert by way of bytes: that works whatever NumPy this PyTorch was built for."""
+    return torch.frombuffer(bytearray(array.tobytes()), dtype=dtype)
+
+
+def main(argv: Sequence[str] = ()) -> None:
+    """Train an epoch for every line on stdin, or some epochs."""
+    parser = ArgumentParser(description='Train LeNet with center loss in PyTorch.')
+    parser.add_argument('form', choices=list(FORMS))
+    parser.add_argument(
+        '--epochs',
+        type=number(int, minimum=1),
+        metavar='N',
+        help='train N epochs (default: one for every line on stdin)',
+    )
+    args = parser.parse_args(list(argv))
+    if torch is None:
+        raise InputError('PyTorch is not installed: pip install torch')
+    train_epoch = training(args.form)
+    for _ in range(args.epochs) if args.epochs else sys.stdin:
+        begin = time.perf_counter()
+        train_epoch()
+        print(f'{time.perf_counter() - begin:.3f}', flush=True)
 
 
 if __name__ == '__main__':

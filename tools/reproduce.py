@@ -1,15 +1,20 @@
-"""The README's results: every training run, the table and the pictures.
+"""The results of the documentation: every training run, the tables and the pictures.
 
-    python tests/reproduce.py --data-dir DIR --images images           everything, three seeds each, in reproduction/: most of a day on two cores
-    python tests/reproduce.py --only lambda ring --seeds 1             some parts
-    python tests/reproduce.py --dataset mnist-5k --num-epochs 5        a trial on the embedded digits
+    python -m tools.reproduce --data-dir=DIR --images=images    everything, in reproduction/
+    python -m tools.reproduce --only original                   beside the MXNet version of 2016
+    python -m tools.reproduce --only lambda ring --seeds=1      some parts, one seed
+    python -m tools.reproduce --dataset=mnist-5k --num-epochs=5    a trial on the embedded digits
 
-A run is ``python train.py`` with the options that stand in the table. As many go side by side as there are processors, which they share evenly: for networks
-of this size one thread each is faster than one run with all of them. Started again, it skips the runs that are finished and continues those that were interrupted.
-Of a finished run only the last parameters stay, and those of every epoch of the one that is animated.
+A run is ``python train.py`` with the options that the table shows. As many runs train side by side
+as there are processors, with one thread each: for networks of this size that is faster than one run
+after the other with all threads. Started again, the program skips the runs that are finished and
+continues those that were interrupted. A run keeps its newest checkpoint, the animated one all.
 """
 
+import argparse
 import concurrent.futures
+import functools
+import itertools
 import json
 import os
 import re
@@ -17,151 +22,95 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
+from common.environment import THREADS_CHOSEN_BY_USER, available_cpus
+from common.checkpoints import Checkpoints
+from common.command_line import ArgumentParser, number, run_script
+from common.errors import Failure, InputError
+from common.evaluation import evaluate
+from common.files import replace_when_whole
+from common.log_reader import read_log
+from data import DATASETS, load_digits
+from tools.experiments import ANIMATED, NUM_SEEDS, PARTS, PICTURES, RUNS
+from train import parse_args
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from runtime import (  # noqa: E402  (first, for a Ctrl-C while all this is imported)
-    THREADS_ARE_CHOSEN_HERE,
-    ArgumentParser,
-    Failure,
-    InputError,
-    available_cpus,
-    number,
-    run_script,
-)
-
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import data  # noqa: E402
-import train  # noqa: E402
-import vis  # noqa: E402
-from train_model import Checkpoints  # noqa: E402
-
-JOINT = '--center-loss-weight=1'  # where one lambda stands for center loss
-OBJECTIVES = {'softmax': '--center-loss-weight=0', 'joint': JOINT}
-RUNS = {
-    'softmax': OBJECTIVES['softmax'],
-    **{
-        f'lambda-{weight}': f'--center-loss-weight={weight}'
-        for weight in ('0.001', '0.01', '0.1', '1')
-    },
-    **{
-        f'alpha-{alpha}': f'{JOINT} --alpha={alpha}' for alpha in ('0.01', '0.1', '1')
-    },  # 0.5 is the default: lambda-1
-    # The rate stays high, and what is measured is the average over about the last tenth of all steps.
-    **{
-        f'averaged-{name}': f'--average-weights=0.1 --lr-factor=1 {objective}'
-        for name, objective in OBJECTIVES.items()
-    },
-    **{f'ring-{name}': f'--no-bias {objective}' for name, objective in OBJECTIVES.items()},
-    # Each epoch is of thirteen times the work, so that there are fewer, of smaller batches; with so many of them to warm up in, a higher rate is stable.
-    **{
-        f'lenet++-{name}': f'--network=lenet++ --num-epochs=6 --lr=0.04 --embedding-lr-mult=0.25 --lr-factor-epoch=4 --batch-size=64 {objective}'
-        for name, objective in OBJECTIVES.items()
-    },
-    **{
-        f'open-set-{dim}-{weight}': f'--num-classes=6 --embedding-dim={dim} --center-loss-weight={weight}'
-        for dim in (2, 32)
-        for weight in ('0', '0.01', '0.1', '1')
-    },
-}
-LAMBDAS = ['softmax', 'lambda-0.001', 'lambda-0.01', 'lambda-0.1', 'lambda-1']
-ALPHAS = ['alpha-0.01', 'alpha-0.1', 'lambda-1', 'alpha-1']
-ANIMATED = 'lambda-1'
-PARTS = {
-    'objectives': ['softmax', 'lambda-1'],
-    'lambda': LAMBDAS,
-    'alpha': ALPHAS,
-    'averaged': ['lambda-1', 'averaged-softmax', 'averaged-joint'],
-    **{
-        part: [name for name in RUNS if name.startswith(part)]
-        for part in ('ring', 'lenet++', 'open-set')
-    },
-}
-
-# (part, file, options of vis.py), of the first seed
-PICTURES = [
-    ('objectives', 'mnist.png', ['--compare', 'softmax', '--model-prefix', 'lambda-1']),
-    ('objectives', 'curves.png', ['--curves', 'softmax.txt', 'lambda-1.txt']),
-    ('objectives', 'evolution.gif', ['--model-prefix', ANIMATED]),
-    ('lambda', 'lambda.png', ['--grid', *LAMBDAS]),
-    ('alpha', 'alpha.png', ['--grid', *ALPHAS]),
-    ('averaged', 'averaged.png', ['--curves', 'lambda-1.txt', 'averaged-joint.txt']),
-    ('ring', 'ring.png', ['--compare', 'ring-softmax', '--model-prefix', 'ring-joint']),
-    ('lenet++', 'lenet++.png', ['--compare', 'lenet++-softmax', '--model-prefix', 'lenet++-joint']),
-    *[
-        (
-            'open-set',
-            f'open-set-{dim}.png',
-            ['--compare', f'open-set-{dim}-0', '--model-prefix', f'open-set-{dim}-1'],
-        )
-        for dim in (2, 32)
-    ],
-]
 
 COLUMNS = {
-    'accuracy': '{:.2%}',
-    'intra': '{:.3f}',
-    'inter': '{:.3f}',
-    'ratio': '{:.4f}',
+    **{'accuracy': '{:.2%}', 'intra': '{:.3f}', 'inter': '{:.3f}', 'ratio': '{:.4f}'},
     's/epoch': '{:.1f}',
-    'AUC': '{:.4f}',
-    'TA at 1% FA': '{:.1%}',
-    'AUC (cosine)': '{:.4f}',
-    'TA (cosine)': '{:.1%}',
+    # verification of unseen classes, by Euclidean distance and by cosine
+    **{'AUC': '{:.4f}', 'TA at 1% FA': '{:.1%}'},
+    **{'AUC (cosine)': '{:.4f}', 'TA (cosine)': '{:.1%}'},
 }
+SEEN_COLUMNS = 5  # of these, the columns of a run that has seen all classes
+
+# Test accuracy after epochs 1 to 4 of YYuanAnyVision/mxnet_center_loss: one run at batch 128.
+ORIGINAL_COURSE = (0.799, 0.880, 0.918, 0.951)
 
 
 class Run:
-    """One training run: a name of RUNS and a seed, in the folder of the seed. Its record, a .json file, has the command and, at the end, the result."""
+    """A training run: a name in ``RUNS`` and a seed, in the folder of the seed.
 
-    def __init__(self, name, seed, args):
+    Its record, a .json file, has the command and, at the end, the result.
+    """
+
+    def __init__(self, name: str, seed: int, args: argparse.Namespace):
         self.name = name
+        self.seed = seed
         self.folder = args.work / f'seed-{seed}'
         self.record = self.folder / f'{name}.json'
-        self.keep_all = name == ANIMATED and seed == 0
+        self.log = self.folder / f'{name}.txt'
         self.command = [
             *common_options(args),
             *shlex.split(RUNS[name]),
+            *([] if name == ANIMATED and seed == 0 else ['--keep-checkpoints=1']),
             f'--seed={seed}',
             f'--save-model-prefix={name}',
-            f'--log-file={name}.txt',
+            f'--log-file={self.log.name}',
         ]
-        self.options = train.parse_args(self.command)
+        self.options = parse_args(self.command)
         self.process = None
         self.stopped = False
 
-    def result(self):
-        """What is measured of the finished run, by column, or {'failure': sentence}; None where it is not finished."""
+    def result(self) -> dict | None:
+        """Return what :meth:`measure` has found, or {'failure': message}; None if unfinished."""
         if not self.record.exists():
             return None
         record = json.loads(self.record.read_text())
         if record['command'] != self.command:
             raise InputError(
-                f'{self.record} is of another command, {shlex.join(record["command"])}: choose another --work, or remove it'
+                f'{self.record} is of another command, {shlex.join(record["command"])}: choose '
+                'another --work, or remove it'
             )
         return record.get('result')
 
-    def write(self, **result):
-        beside = self.record.with_name(f'.{self.record.name}')
-        beside.write_text(json.dumps({'command': self.command, **result}, indent=1))
-        beside.replace(self.record)
+    def write(self, **result: dict) -> None:
+        """Write the record."""
+        with replace_when_whole(self.record) as path:
+            path.write_text(json.dumps({'command': self.command, **result}, indent=1))
 
-    def train(self, progress, threads):
-        """Train to the end, from wherever it is, with so many ``threads``. ``progress`` is moved on by every epoch. Returns None, or the sentence that says
-        how it diverged. Several runs may do this at once, each in a thread of its own.
+    def epochs_done(self) -> int:
+        """Return the number of epochs that have been trained."""
+        return max(Checkpoints(self.folder / self.name).epochs(), default=0)
+
+    def train(self, progress: tqdm, threads: int) -> str | None:
+        """Train to the end, from wherever it is; several runs may do so in threads of this process.
+
+        Returns None, or the message of a run that diverged.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.write()
-        progress.update(len(Checkpoints(str(self.folder / self.name)).epochs()))
         with subprocess.Popen(
             [sys.executable, ROOT / 'train.py', *self.command, '--resume'],
             cwd=self.folder,
             stderr=subprocess.PIPE,
             text=True,
+            stdout=subprocess.DEVNULL,
             env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
         ) as self.process:
             if self.stopped:
@@ -172,68 +121,71 @@ class Run:
                     progress.update()
         if not self.process.returncode:
             return None
-        sentence = last.strip().removeprefix('train.py: error: ')
-        if 'diverged' not in sentence:
-            raise Failure(f'{self.name}, {self.folder.name}: {sentence}')
-        return sentence
+        message = last.strip().removeprefix('train.py: error: ')
+        if 'diverged' not in message:
+            raise Failure(f'{self.name}, {self.folder.name}: {message}')
+        return message
 
-    def stop(self):
-        """Stop the training, from another thread, at the end of the batch: the next start continues it."""
+    def stop(self) -> None:
+        """Stop the training, from another thread, at the end of the batch."""
         self.stopped = True
         if self.process:
             self.process.terminate()
 
-    def finish(self, failure):
-        """Write the result of a training that returned ``failure``, and remove what nobody needs any more."""
-        self.write(result={'failure': failure} if failure else self.measure())
-        self.clean_up()
+    def measure(self) -> dict:
+        """Return the columns of the table, from all test images and the last checkpoint.
 
-    def measure(self):
-        """Embed all validation images with the last checkpoint, and measure."""
-        digits = data.load_digits(self.options.dataset, self.options.data_dir)
-        embeddings, logits = vis.embed(
-            str(self.folder / self.name), self.options.num_epochs, digits.val_images
-        )
-        num_seen, labels = logits.shape[1], digits.val_labels
-        seen = labels < num_seen
-        seconds = re.findall(r'Time cost=(\S+)', (self.folder / f'{self.name}.txt').read_text())
-        values = [
-            np.mean(logits.argmax(axis=1)[seen] == labels[seen]),
-            *vis.cluster_statistics(embeddings, labels),
-            statistics.median(map(float, seconds)),
-        ]
-        if num_seen < len(digits.class_names):
-            values += [
-                value
-                for verified in vis.verify_unseen(embeddings, labels, num_seen).values()
-                for value in verified
-            ]
-        return dict(zip(COLUMNS, map(float, values)))
-
-    def clean_up(self):
-        checkpoints = Checkpoints(str(self.folder / self.name))
-        for epoch in checkpoints.epochs():
-            checkpoints.states(epoch).unlink(missing_ok=True)
-            if epoch < self.options.num_epochs and not self.keep_all:
-                checkpoints.params(epoch).unlink()
+        'course' is the test accuracy of every epoch, from the log.
+        """
+        digits = load_digits(self.options.dataset, self.options.data_dir)
+        prefix, num_epochs = str(self.folder / self.name), self.options.num_epochs
+        evaluation = evaluate(prefix, num_epochs, digits.val_images, digits.val_labels)
+        course = read_log(self.log)['Validation', 'accuracy']
+        seconds = re.findall(r'Time cost=(\S+)', self.log.read_text())
+        values = [evaluation.accuracy, *evaluation.clusters, statistics.median(map(float, seconds))]
+        for verification in evaluation.verification.values():
+            values += verification
+        return {
+            **dict(zip(COLUMNS, values, strict=False)),
+            'course': [course[epoch] for epoch in range(1, num_epochs + 1)],
+        }
 
 
-def train_all(runs, jobs):
-    """Train and measure the runs, up to ``jobs`` of them side by side, with a progress bar on a terminal. OMP_NUM_THREADS is respected."""
+def common_options(args: argparse.Namespace) -> list[str]:
+    """Return the options of train.py that are the same in all runs."""
+    return [
+        *data_options(args),
+        f'--num-epochs={args.num_epochs}',
+        f'--num-examples={args.num_examples}',
+        *shlex.split(args.options),
+    ]
+
+
+def data_options(args: argparse.Namespace) -> list[str]:
+    """Return the options of train.py and vis.py that name the data."""
+    folder = [f'--data-dir={args.data_dir.resolve()}'] if args.data_dir else []
+    return [f'--dataset={args.dataset}', *folder]
+
+
+def train_all(runs: Sequence[Run], jobs: int) -> None:
+    """Train and measure the runs, up to ``jobs`` side by side, with a bar on a terminal."""
     jobs = min(jobs, len(runs))
-    threads = (
-        available_cpus() // jobs or 1 if THREADS_ARE_CHOSEN_HERE else os.environ['OMP_NUM_THREADS']
-    )
+    threads = available_cpus() // jobs or 1
+    if THREADS_CHOSEN_BY_USER:
+        threads = os.environ['OMP_NUM_THREADS']
+    total = sum(run.options.num_epochs for run in runs)
+    done = sum(run.epochs_done() for run in runs)
+    print(f'{total - done} epochs to train in {len(runs)} runs, {jobs} side by side', flush=True)
     with (
-        tqdm(
-            total=sum(run.options.num_epochs for run in runs), unit='epoch', disable=None
-        ) as progress,
+        tqdm(total=total, initial=done, unit='epoch', disable=None) as progress,
         concurrent.futures.ThreadPoolExecutor(jobs) as pool,
     ):
         trainings = {pool.submit(run.train, progress, threads): run for run in runs}
         try:
             for training in concurrent.futures.as_completed(trainings):
-                trainings[training].finish(training.result())  # MXNet measures in this thread alone
+                run, failure = trainings[training], training.result()
+                # MXNet is used in this thread alone.
+                run.write(result={'failure': failure} if failure else run.measure())
         except BaseException:  # Ctrl-C, or one of them failed
             pool.shutdown(wait=False, cancel_futures=True)
             for run in runs:
@@ -241,37 +193,19 @@ def train_all(runs, jobs):
             raise
 
 
-def common_options(args):
-    """The options of train.py that are the same in all runs."""
-    return [
-        f'--dataset={args.dataset}',
-        *([f'--data-dir={Path(args.data_dir).resolve()}'] if args.data_dir else []),
-        f'--num-epochs={args.num_epochs}',
-        f'--num-examples={args.num_examples}',
-        *shlex.split(args.options),
-    ]
-
-
-def table(results):
-    """Markdown of {name: [result of each seed that is finished]}: mean and standard deviation over the seeds."""
+def table(results: dict[str, list[dict]]) -> str:
+    """Return Markdown of the results of every seed by name: mean ± standard deviation."""
     lines = []
-    for with_unseen in (False, True):
-        columns = list(COLUMNS) if with_unseen else list(COLUMNS)[:5]
-        rows = {
-            name: found
-            for name, found in results.items()
-            if found and ('--num-classes' in RUNS[name]) == with_unseen
-        }
+    for columns, unseen in ((list(COLUMNS)[:SEEN_COLUMNS], False), (list(COLUMNS), True)):
+        names = [name for name in results if ('--num-classes' in RUNS[name]) == unseen]
+        rows = {name: results[name] for name in names if results[name]}
         if rows:
-            lines += [
-                '',
-                f'| options | seeds | {" | ".join(columns)} |',
-                '| --- | --- |' + ' ---: |' * len(columns),
-            ]
+            lines += ['', f'| options | seeds | {" | ".join(columns)} |']
+            lines += ['| --- | --- |' + ' ---: |' * len(columns)]
         for name, found in rows.items():
             whole = [result for result in found if 'failure' not in result]
             cells = [
-                mean_and_spread(COLUMNS[column], [result[column] for result in whole])
+                mean_and_deviation(COLUMNS[column], [result[column] for result in whole])
                 for column in columns
             ]
             failed = f', {len(found) - len(whole)} diverged' if len(whole) < len(found) else ''
@@ -279,111 +213,81 @@ def table(results):
     return '\n'.join(lines)
 
 
-def mean_and_spread(form, values):
-    if not values:
-        return ''
-    mean = form.format(statistics.mean(values))
-    return (
-        mean
-        if len(values) == 1
-        else f'{mean} ± {form.format(statistics.stdev(values)).rstrip("%")}'
-    )
+def mean_and_deviation(form: str, values: Sequence[float]) -> str:
+    """Return 'mean ± standard deviation', with a form such as '{:.2%}'."""
+    if len(values) < 2:
+        return ''.join(map(form.format, values))
+    deviation = form.format(statistics.stdev(values)).rstrip('%')
+    return f'{form.format(statistics.mean(values))} ± {deviation}'
 
 
-def draw(args):
-    """Write the pictures of the chosen parts whose runs are there, and show the command of each."""
-    source = [
-        f'--dataset={args.dataset}',
-        *([f'--data-dir={Path(args.data_dir).resolve()}'] if args.data_dir else []),
-    ]
+def original_table(courses: Sequence[Sequence[float]]) -> str:
+    """Return Markdown of the test accuracy by epoch, beside the original's one run."""
+    lines = ['', f'| epoch | mean of {len(courses)} seeds | range | the original, one run |']
+    lines += ['| --- | ---: | ---: | ---: |']
+    for epoch, (original, *ours) in enumerate(zip(ORIGINAL_COURSE, *courses, strict=True), 1):
+        span = f'{min(ours):.1%} to {max(ours):.1%}'
+        lines.append(f'| {epoch} | {statistics.mean(ours):.1%} | {span} | {original:.1%} |')
+    return '\n'.join(lines)
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Draw the pictures of the chosen parts, and print the command of each."""
     args.images.mkdir(parents=True, exist_ok=True)
     for part, file, options in PICTURES:
         if part in args.only:
-            target = str((args.images / file).resolve())
-            options = [
-                *options,
-                '--animate' if file.endswith('.gif') else '--output',
-                target,
-                *(source if '--curves' not in options else []),
-            ]
-            print('$', shlex.join(['python', 'vis.py', *options]))
+            option = '--animate' if file.endswith('.gif') else '--output'
+            source = data_options(args) if '--curves' not in options else []
+            options = [*options, option, str((args.images / file).resolve()), *source]
+            print('$', shlex.join(['python', 'vis.py', *options]), flush=True)
             drawn = subprocess.run(
-                [sys.executable, ROOT / 'vis.py', *options], cwd=args.work / 'seed-0'
+                [sys.executable, ROOT / 'vis.py', *options],
+                cwd=args.work / 'seed-0',
+                env={**os.environ, 'MPLBACKEND': 'Agg'},
             )
             if drawn.returncode:
                 print(f'{file} was not drawn', file=sys.stderr)
 
 
-def main():
+def main(argv: Sequence[str] = ()) -> None:
+    """Train what is missing, then print the tables and draw the pictures."""
+    count = number(int, minimum=1)
     parser = ArgumentParser(
-        description="Make the README's results: training runs, table, pictures."
+        description='Make the results of the documentation: training runs, tables, pictures.'
     )
-    data.add_data_arguments(parser)
-    parser.set_defaults(dataset='mnist')
-    parser.add_argument(
-        '--work',
-        type=Path,
-        default='reproduction',
-        metavar='DIR',
-        help='folder of the runs, and where a stopped programme continues',
-    )
-    parser.add_argument(
-        '--images', type=Path, metavar='DIR', help='write the pictures to this folder'
-    )
-    parser.add_argument(
-        '--only',
-        nargs='+',
-        choices=list(PARTS),
-        default=list(PARTS),
-        metavar='PART',
-        help='some of: ' + ', '.join(PARTS),
-    )
-    parser.add_argument(
-        '--seeds',
-        type=number(int, minimum=1),
-        default=3,
-        metavar='N',
-        help='every run with the seeds 0 to N-1',
-    )
-    parser.add_argument(
-        '--jobs',
-        type=number(int, minimum=1),
-        default=available_cpus(),
-        metavar='N',
-        help='train N runs side by side',
-    )
-    parser.add_argument(
-        '--num-epochs',
-        type=number(int, minimum=1),
-        default=20,
-        metavar='N',
-        help='epochs of every run that does not say otherwise',
-    )
-    parser.add_argument(
-        '--num-examples',
-        type=number(int, minimum=1),
-        default=60000,
-        metavar='N',
-        help='use only the first N training images',
-    )
-    parser.add_argument(
-        '--options',
-        default='--batch-size=128',
-        help='options of train.py for every run, as one argument',
-    )
-    args = parser.parse_args()
+    add = functools.partial(parser.add_argument, metavar='N')
+    add('--dataset', choices=list(DATASETS), default='mnist', metavar=None, help='as in train.py')
+    add('--data-dir', type=Path, metavar='DIR', help='folder of the four IDX files, as in train.py')
+    add('--work', type=Path, default='reproduction', metavar='DIR', help='folder of the runs')
+    add('--images', type=Path, metavar='DIR', help='draw the pictures in this folder')
+    parts = list(PARTS)
+    add('--only', nargs='+', choices=parts, default=parts, metavar='PART', help='make these parts')
+    seeds_help = 'train every run with the seeds 0 to N-1 (default: 3, and 5 of the part original)'
+    add('--seeds', type=count, help=seeds_help)
+    add('--jobs', type=count, default=available_cpus(), help='train N runs side by side')
+    add('--num-epochs', type=count, default=20, help='of the runs that do not name it themselves')
+    add('--num-examples', type=count, default=60000, help='train on the first N images')
+    add('--options', default='--batch-size=128', help='of train.py, for all runs, in one argument')
+    args = parser.parse_args(list(argv))
 
     names = [name for name in RUNS if any(name in PARTS[part] for part in args.only)]
-    runs = [Run(name, seed, args) for seed in range(args.seeds) for name in names]
-    unfinished = [run for run in runs if run.result() is None]
+    runs = {
+        name: [Run(name, seed, args) for seed in range(args.seeds or NUM_SEEDS.get(name, 3))]
+        for name in names
+    }
+    by_seed = sorted(itertools.chain(*runs.values()), key=lambda run: run.seed)
+    unfinished = [run for run in by_seed if run.result() is None]
     if unfinished:
         train_all(unfinished, args.jobs)
-    seeds = f'{args.seeds} seeds (mean ± standard deviation)' if args.seeds > 1 else '1 seed'
     print(
-        f'\n{args.data_dir or args.dataset}, {args.num_epochs} epochs, {seeds}, {available_cpus()} processors; every run: '
-        f'python train.py {shlex.join(common_options(args))} and'
+        f'\n{args.data_dir or args.dataset}, {available_cpus()} processors, test accuracy; mean ± '
+        f'standard deviation; every run: python train.py {shlex.join(common_options(args))} and'
     )
-    print(table({name: [run.result() for run in runs if run.name == name] for name in names}))
+    results = {name: [run.result() for run in runs[name]] for name in names}
+    print(table(results))
+    courses = [result['course'] for result in results.get('original', []) if 'course' in result]
+    if courses:
+        print(original_table(courses))
     if args.images:
         draw(args)
 

@@ -1,0 +1,206 @@
+"""The files of checkpoints: their names, a lock on them, and reading and writing them safely."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from common.errors import InputError
+from common.files import temporary_path
+
+KINDS = ('json', 'params', 'resume', 'states')  # .states: of the first form
+
+
+class CheckpointFiles:
+    """The files of one prefix, the path that all their names begin with."""
+
+    def __init__(self, prefix: str | os.PathLike):
+        self.prefix = os.fspath(prefix)
+        self._folder = Path(self.prefix).parent
+        self._name = os.path.basename(self.prefix)
+        epoch_file = rf'([0-9]{{4}}|[1-9][0-9]{{4,}})\.({"|".join(KINDS)})'
+        # Groups: epoch and kind, and of a temporary file the dot and the process that it ends with.
+        self._names = re.compile(
+            rf'(\.?){re.escape(self._name)}-(?:symbol\.json|{epoch_file})((?:\.[0-9]+)?)'
+        )
+
+    @property
+    def symbol_path(self) -> Path:
+        """The file of the network."""
+        return Path(f'{self.prefix}-symbol.json')
+
+    def params_path(self, epoch: int) -> Path:
+        """Return the file of the parameters of an epoch."""
+        return self._path(epoch, 'params')
+
+    def _path(self, epoch, kind):
+        return Path(f'{self.prefix}-{epoch:04d}.{kind}')
+
+    def _kinds(self, epoch):
+        """Return which files of an epoch are there, be it as a link to nothing."""
+        return [kind for kind in KINDS if os.path.lexists(self._path(epoch, kind))]
+
+    def _matches(self):
+        """Return matches of the names in the folder that are names of these files."""
+        try:
+            names = os.listdir(self._folder)
+        except FileNotFoundError:
+            names = []
+        except OSError as error:
+            raise InputError(f'cannot read the folder {self._folder}: {error.strerror}') from None
+        return filter(None, map(self._names.fullmatch, names))
+
+    def epochs(self) -> list[int]:
+        """Return the epochs that have a checkpoint, whole or not, in order."""
+        found = {int(match[2]) for match in self._matches() if match[2] and not match[1] + match[4]}
+        # A .resume alone is a rest, and a .json alone may be anybody's.
+        return sorted(
+            epoch
+            for epoch in found
+            if 'params' in self._kinds(epoch) or {'json', 'resume'} <= {*self._kinds(epoch)}
+        )
+
+    def _move(self, epoch):
+        """Move the files of an epoch to another prefix, first its .json; return that prefix."""
+        if self._kinds(epoch) == ['resume']:  # a rest of a save that was killed
+            self._path(epoch, 'resume').unlink()
+        prefixes = (CheckpointFiles(f'{self.prefix}-kept{n}') for n in itertools.count(1))
+        kept = next(prefix for prefix in prefixes if not prefix._kinds(epoch))
+        for kind in self._kinds(epoch):
+            os.rename(self._path(epoch, kind), kept._path(epoch, kind))
+            if kind == 'json':
+                sync_folder(self._folder)
+        return kept
+
+    def _remove(self, epoch):
+        """Remove the files of an epoch, first its .json; those of one without it stay."""
+        kinds = self._kinds(epoch)
+        for kind in kinds if 'json' in kinds else ():
+            self._path(epoch, kind).unlink()
+            if kind == 'json':
+                sync_folder(self._folder)
+
+    def owns(self, path: str | os.PathLike) -> bool:
+        """Whether a path is, or may become, a file of these checkpoints."""
+        return any(
+            os.path.realpath(folder) == os.path.realpath(self._folder)
+            and self._names.fullmatch(name) is not None
+            for folder, name in map(os.path.split, (path, os.path.realpath(path)))
+        )
+
+    def check_writable(self) -> None:
+        """Raise InputError where no checkpoint could be written."""
+        problem, trial = None, temporary_path(self.symbol_path)
+        try:
+            str(trial).encode()
+            trial.touch()
+            trial.unlink()
+            if self.symbol_path.is_dir():
+                problem = f'{self.symbol_path} is a folder'
+        except OSError as error:
+            problem = f'{error.strerror} ({self._folder})'
+        except UnicodeEncodeError:
+            problem = 'it is not UTF-8'
+        if self._name in ('', '.', '..'):
+            problem = 'it has to end with the beginning of a file name'
+        if problem:
+            raise InputError(
+                f'cannot write checkpoints to --save-model-prefix={self.prefix}: {problem}'
+            )
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs from this prefix, and remove what a killed one left half-written.
+
+        Raises InputError where another run has the lock, which ends with its process.
+        """
+        path = self._folder / f'.{self._name}.lock'
+        try:
+            descriptor = _open_locked(path)
+        except BlockingIOError:
+            raise InputError(
+                f'process {path.read_text()} is writing checkpoints to {self.prefix}: wait for its '
+                'end, or choose another --save-model-prefix'
+            ) from None
+        except OSError as error:
+            raise InputError(f'cannot lock {path}: {error.strerror}') from None
+        try:
+            for match in self._matches():
+                if match[1] and match[4]:
+                    (self._folder / match[0]).unlink(missing_ok=True)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _open_locked(path):
+    """Return the descriptor of a locked file that has this process's number in it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, str(os.getpid()).encode())
+                return descriptor
+        except FileNotFoundError:  # its last owner has removed it in between
+            pass
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def read_regular_file(path: Path, max_size: float = float('inf')) -> bytes:
+    """Return the content of a file; a pipe or a device, which might never end, is refused.
+
+    Raises InputError if it cannot be read, or has more than ``max_size`` bytes.
+    """
+
+    def open_without_waiting(name, flags):
+        return os.open(name, flags | os.O_NONBLOCK)
+
+    try:
+        with open(path, 'rb', opener=open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                reason = 'it is not a regular file'
+            elif status.st_size > max_size:
+                reason = f'it has more than {max_size} bytes'
+            else:
+                return file.read()
+    except MemoryError:
+        reason = 'it does not fit in memory'
+    except FileNotFoundError:
+        reason = 'it is a link to nothing' if os.path.islink(path) else 'it is missing'
+    except OSError as error:
+        reason = 'it is a socket' if error.errno == errno.ENXIO else error.strerror
+    raise InputError(f'cannot read {path}: {reason}')
+
+
+def write_synced(path: Path, chunks: Iterable[bytes]) -> dict:
+    """Write a file that is on the disk afterwards; return its size and SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, 'wb') as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+        return {'size': file.tell(), 'sha256': digest.hexdigest()}
+
+
+def sync_folder(folder: Path) -> None:
+    """Make sure that names that were given or removed in a folder are so on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
