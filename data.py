@@ -175,9 +175,11 @@ def mnist_iterator(
     index = index[:num_examples]
     num_batches = len(index) // (num_parts * batch_size)
     if num_batches == 0:
-        workers = f' for each of {num_parts} workers' if num_parts > 1 else ''
+        total = num_parts * batch_size
+        taken = f'{num_parts} workers take {total}, more' if num_parts > 1 else 'it takes more'
         raise InputError(
-            f'--batch-size={batch_size}{workers} is too large for {len(index)} training images'
+            f'--batch-size={batch_size} is too large: {taken} images than the {len(index)} there '
+            f'are to train on ({digits.dataset})'
         )
     if not len(val_index):
         of_classes = '' if num_classes is None else f' of the classes 0 to {num_classes - 1}'

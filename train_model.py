@@ -196,8 +196,7 @@ def fit(
             **{'num_workers': kv.num_workers, 'batches_per_epoch': num_batches},
         }
         options = json.loads(json.dumps(options))
-        arguments = argparse.Namespace(**{**(record or {}), **options})
-        logging.info('start with arguments %s', arguments)
+        logging.info('start with arguments %s', argparse.Namespace(**{**(record or {}), **options}))
         warn_of_changes(start, options)
         if kv.num_workers > 1:
             check_agreement(kv, options)
@@ -284,6 +283,7 @@ def count_batches(train: mx.io.DataIter) -> int:
     """Return the number of batches in an epoch, counted where the iterator does not say it."""
     if hasattr(train, 'num_batches'):
         return train.num_batches
+    train.reset()
     count = sum(1 for _ in train)
     train.reset()
     return count
@@ -292,8 +292,8 @@ def count_batches(train: mx.io.DataIter) -> int:
 def check_divisible(val: mx.io.DataIter, num_devices: int) -> None:
     """Raise InputError where a validation batch has fewer images than there are devices."""
     if num_devices > 1:
-        smallest = min(len(batch.data[0]) for batch in val)
         val.reset()
+        smallest = min(len(batch.data[0]) for batch in val)
         if smallest < num_devices:
             raise InputError(
                 f'a validation batch of {smallest} images cannot be shared by {num_devices} '
@@ -338,7 +338,8 @@ def metrics() -> mx.metric.CompositeEvalMetric:
 
     The joint objective is their cross-entropy plus lambda times their center loss.
     """
-    return mx.metric.CompositeEvalMetric([Accuracy(), CrossEntropy(), CenterLossMetric()])
+    cross_entropy = CrossEntropy('cross-entropy')  # MXNet's name for it
+    return mx.metric.CompositeEvalMetric([Accuracy(), cross_entropy, CenterLossMetric()])
 
 
 def validate(module: Module, val: mx.io.DataIter) -> tuple[dict[str, float], float]:

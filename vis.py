@@ -31,8 +31,9 @@ import contextlib
 import itertools
 import logging
 import math
+import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -249,8 +250,7 @@ def animate(panels: Sequence[Panel], class_names: Sequence[str], path: Path) -> 
     draw(panels[-1])
     figure.canvas.draw()
     figure.set_layout_engine('none')  # the panel stays where the last frame has it
-    frames = tqdm(panels, 'rendering', unit='frame', leave=False, disable=None)
-    pictures.save_animation(figure, draw, frames, path)
+    pictures.save_animation(figure, draw, progress(panels, 'rendering', 'frame'), path)
 
 
 def draw_curves(paths: Sequence[str]) -> tuple[Figure, list[str]]:
@@ -395,6 +395,11 @@ def choose_runs(args: argparse.Namespace) -> list[tuple[str, int]]:
     return runs
 
 
+def progress(items: Sequence, doing: str, unit: str) -> Iterable:
+    """Return the items with a progress bar on a terminal."""
+    return tqdm(items, doing, unit=unit, leave=False, disable=None if sys.stderr else True)
+
+
 def newest_epoch(prefix: str, option: str = '--model-prefix') -> int:
     """Return the highest epoch that has a checkpoint.
 
@@ -450,12 +455,8 @@ def main(argv: Sequence[str] = ()) -> None:
             checkpoints = {prefix: Checkpoints(prefix) for prefix, _ in runs}
             panels = [
                 make_panel(checkpoints[prefix], epoch, name, digits, args.split)
-                for (prefix, epoch), name in tqdm(
-                    list(zip(runs, names, strict=True)),
-                    'embedding',
-                    unit='checkpoint',
-                    leave=False,
-                    disable=None if args.animate else True,
+                for (prefix, epoch), name in progress(
+                    list(zip(runs, names, strict=True)), 'embedding', 'checkpoint'
                 )
             ]
             report = [panel.report for panel in panels]

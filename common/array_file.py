@@ -18,9 +18,8 @@ from common.environment import mx
 
 MAGIC = struct.pack('<Q', 0x112)
 V1, V2, V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA  # before V1 ndim was in its place, and shape u32
-DTYPES = [
-    np.dtype(name) for name in ('f4', 'f8', 'f2', 'u1', 'i4', 'i1', 'i8', '?')
-]  # MXNet's order
+# In the order of MXNet's numbers.
+DTYPES = [np.dtype(name) for name in ('f4', 'f8', 'f2', 'u1', 'i4', 'i1', 'i8', '?')]
 CPU = 1
 
 

@@ -43,7 +43,7 @@ class CheckpointFiles:
         return Path(f'{self.prefix}-{epoch:04d}.{kind}')
 
     def _kinds(self, epoch):
-        """Return which files of an epoch are there, be it as a link to nothing."""
+        """Return which files of an epoch are there, dangling links included."""
         return [kind for kind in KINDS if os.path.lexists(self._path(epoch, kind))]
 
     def _matches(self):
@@ -59,7 +59,7 @@ class CheckpointFiles:
     def epochs(self) -> list[int]:
         """Return the epochs that have a checkpoint, whole or not, in order."""
         found = {int(match[2]) for match in self._matches() if match[2] and not match[1] + match[4]}
-        # A .resume alone is a rest, and a .json alone may be anybody's.
+        # A .resume alone was left by a killed save; a .json alone may be anybody's.
         return sorted(
             epoch
             for epoch in found
@@ -68,7 +68,7 @@ class CheckpointFiles:
 
     def _move(self, epoch):
         """Move the files of an epoch to another prefix, first its .json; return that prefix."""
-        if self._kinds(epoch) == ['resume']:  # a rest of a save that was killed
+        if self._kinds(epoch) == ['resume']:  # left by a killed save
             self._path(epoch, 'resume').unlink()
         prefixes = (CheckpointFiles(f'{self.prefix}-kept{n}') for n in itertools.count(1))
         kept = next(prefix for prefix in prefixes if not prefix._kinds(epoch))
@@ -116,16 +116,18 @@ class CheckpointFiles:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other runs from this prefix, and remove what a killed one left half-written.
+        """Lock the prefix against other runs; remove what a killed one left half-written.
 
         Raises InputError where another run has the lock, which ends with its process.
         """
-        path = self._folder / f'.{self._name}.lock'
+        path, owner = self._folder / f'.{self._name}.lock', ''
         try:
             descriptor = _open_locked(path)
         except BlockingIOError:
+            with contextlib.suppress(OSError):  # it may have ended since
+                owner = path.read_text()
             raise InputError(
-                f'process {path.read_text()} is writing checkpoints to {self.prefix}: wait for its '
+                f'process {owner} is writing checkpoints to {self.prefix}: wait for its '
                 'end, or choose another --save-model-prefix'
             ) from None
         except OSError as error:
@@ -136,7 +138,8 @@ class CheckpointFiles:
                     (self._folder / match[0]).unlink(missing_ok=True)
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             os.close(descriptor)
 
 
@@ -158,10 +161,10 @@ def _open_locked(path):
         os.close(descriptor)
 
 
-def read_regular_file(path: Path, max_size: float = float('inf')) -> bytes:
-    """Return the content of a file; a pipe or a device, which might never end, is refused.
+def read_regular_file(path: Path, max_bytes: int | None = None) -> bytes:
+    """Return the first bytes of a file, by default all; a pipe or a device is refused.
 
-    Raises InputError if it cannot be read, or has more than ``max_size`` bytes.
+    Raises InputError if it cannot be read. It never waits.
     """
 
     def open_without_waiting(name, flags):
@@ -169,17 +172,13 @@ def read_regular_file(path: Path, max_size: float = float('inf')) -> bytes:
 
     try:
         with open(path, 'rb', opener=open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                reason = 'it is not a regular file'
-            elif status.st_size > max_size:
-                reason = f'it has more than {max_size} bytes'
-            else:
-                return file.read()
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file.read(max_bytes)
+            reason = 'it is not a regular file'
     except MemoryError:
         reason = 'it does not fit in memory'
     except FileNotFoundError:
-        reason = 'it is a link to nothing' if os.path.islink(path) else 'it is missing'
+        reason = 'it is a dangling link' if os.path.islink(path) else 'it is missing'
     except OSError as error:
         reason = 'it is a socket' if error.errno == errno.ENXIO else error.strerror
     raise InputError(f'cannot read {path}: {reason}')

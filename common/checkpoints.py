@@ -150,7 +150,7 @@ class Checkpoints(CheckpointFiles):
             raise UncheckedCheckpoint(f'{path} has no checksum: of another program, or unfinished')
         params = self._arrays(epoch, 'params', content)
         if 'state' in content:  # of the former .states
-            logging.warning('%s: there is no checksum of its .states', path)
+            logging.warning('%s: its .states have no checksum, and cannot be checked', path)
             state = content['state']
             if not former_state_fits(state, params):
                 raise self._damage(epoch, 'states', 'it does not fit the parameters')
@@ -171,19 +171,19 @@ class Checkpoints(CheckpointFiles):
         content = self._content(epoch)
         if content is None and not self._reported:
             self._reported = True
-            logging.warning('%s has no checksum to check it by', self.params_path(epoch))
+            logging.warning('%s has no checksum, and cannot be checked', self.params_path(epoch))
         return untagged(self._arrays(epoch, 'params', content))
 
     def load_symbol(self) -> mx.sym.Symbol:
         """Return the network; before it is bound, :func:`parameter_mismatches` has to be called.
 
-        Raises InputError where it is missing, damaged or not let through.
+        Raises InputError where it is missing, damaged, or holds what is not allowed.
         """
         data = read_regular_file(self.symbol_path, MAX_JSON_SIZE)
         try:
             return decode_symbol(data)
         except ValueError as error:
-            raise InputError(f'{self.symbol_path} is not loaded: {error}') from None
+            raise InputError(f'cannot load {self.symbol_path}: {error}') from None
 
     def newest_whole(self) -> Checkpoint | None:
         """Return the newest whole checkpoint; None where there is none to begin with.
@@ -212,7 +212,7 @@ class Checkpoints(CheckpointFiles):
         kind = next((kind for kind in ('json', 'states') if kind in self._kinds(epoch)), None)
         if kind is None:
             return None
-        data = read_regular_file(self._path(epoch, kind))
+        data = read_regular_file(self._path(epoch, kind), MAX_JSON_SIZE if kind == 'json' else None)
         if kind == 'states':
             return self._decoded(epoch, kind, data, decode_former_states)
         content = self._decoded(epoch, kind, data, json.loads)
@@ -224,8 +224,11 @@ class Checkpoints(CheckpointFiles):
 
     def _arrays(self, epoch, kind, content):
         """Return the arrays of a file, which has to be the one that ``content`` describes."""
-        data = read_regular_file(self._path(epoch, kind))
-        if content and hashlib.sha256(data).hexdigest() != content['files'][kind]['sha256']:
+        file = content['files'][kind] if content else {}
+        data = read_regular_file(
+            self._path(epoch, kind), file['size'] + 1 if 'size' in file else None
+        )
+        if file and hashlib.sha256(data).hexdigest() != file['sha256']:
             raise self._damage(epoch, kind, 'its checksum differs')
         return self._decoded(epoch, kind, data, decode_arrays)
 

@@ -1,9 +1,8 @@
 """Runs of several processes on MXNet's parameter server.
 
 Workers train, servers sum their gradients, and a scheduler keeps the list of all nodes. A worker
-takes its kvstore from :func:`connected`; a scheduler or a server calls :func:`serve`. In each of
-them a :class:`NodeWatchdog` ends the process when another node is lost. ``common.launcher`` starts
-all of them on one machine.
+takes its kvstore from :func:`connected`; a scheduler or a server calls :func:`serve`. In each a
+:class:`NodeWatchdog` ends the process when another node is lost.
 """
 
 import argparse
@@ -240,9 +239,11 @@ class NodeWatchdog:
 
     def _end_process(self, reason):
         """Report a Failure from this thread, on stderr and in the log file, and end the process."""
-        message = f'{reason}; {self.resume_hint()}'
-        for handler in logging.getLogger().handlers:
-            if isinstance(handler, logging.FileHandler):
-                handler.handle(logging.makeLogRecord({'msg': message}))
-        print(f'{Path(sys.argv[0]).name}: error: {message}', file=sys.stderr, flush=True)
-        os._exit(Failure.exit_status)
+        try:
+            message = f'{reason}; {self.resume_hint()}'
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, logging.FileHandler):
+                    handler.handle(logging.makeLogRecord({'msg': message}))
+            print(f'{Path(sys.argv[0]).name}: error: {message}', file=sys.stderr, flush=True)
+        finally:  # also where stderr is closed
+            os._exit(Failure.exit_status)

@@ -24,6 +24,8 @@ TIMEOUTS = (2, 8)  # seconds to connect to one of a mirror's addresses, and to w
 ANSWER_SECONDS = 18
 MIN_RATE, RATE_SECONDS = 10_000, 20
 MAX_SECONDS = 300
+# Of a header that it cannot parse it logs a traceback.
+logging.getLogger('urllib3').setLevel(logging.ERROR)
 
 
 def download(

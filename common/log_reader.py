@@ -8,8 +8,8 @@ from common.errors import InputError
 METRICS = ('accuracy', 'cross-entropy', 'center_loss')
 # A line of the first worker, in MXNet's format.
 LINE = re.compile(
-    r'^(?!.*Node\[[1-9]).*Epoch\[(\d+)\] (Train|Validation)-'
-    rf'({"|".join(METRICS)})=(nan|inf|\d+(?:\.\d+)?)$',
+    r'^(?!.*Node\[[1-9]).*Epoch\[(\d+)\] (Train|Validation)-(accuracy|cross[-_]entropy|center_loss)'
+    r'=(nan|inf|\d+(?:\.\d+)?)$',
     re.M,
 )
 
@@ -42,7 +42,7 @@ def read_log(path: str | Path) -> Curves:
     curves: Curves = {}
     newest = 0
     for line in LINE.finditer(_read_text(path)):
-        epoch, curve = int(line[1]) + 1, line.group(2, 3)
+        epoch, curve = int(line[1]) + 1, (line[2], line[3].replace('cross_', 'cross-'))
         if epoch < newest or epoch in curves.get(curve, {}):
             curves = {
                 kept: {before: value for before, value in values.items() if before < epoch}

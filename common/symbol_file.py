@@ -2,8 +2,8 @@
 
 A network is a program, and MXNet runs what it names: ``_Native`` and ``_NDArray`` call function
 pointers at addresses in the file, and numbers in it make others divide by zero or write beyond
-their memory. Only ordinary layers, arithmetic, changes of shape and the center loss are let
-through, and MXNet gets a rendition of what was checked instead of the file.
+their memory. Ordinary layers, arithmetic, changes of shape and the center loss are allowed, and
+MXNet is given only what has been checked, not the file.
 """
 
 import hashlib
@@ -43,7 +43,6 @@ NUM_INPUTS = {name: bounds for bounds, names in OPERATORS.items() for name in na
 DIVISORS = {'block_size', 'dilate', 'num_group', 'num_groups', 'num_outputs', 'step', 'stride'}
 MAX_NODES = 10_000
 MAX_SIZE = 10**8  # of a number, or of all numbers of a shape together
-MAX_ELEMENTS = 2**31  # of all layers' outputs together, 8 GB
 
 
 def encode_symbol(symbol: mx.sym.Symbol) -> bytes:
@@ -59,13 +58,13 @@ def _with_checksum(graph):
 
 
 def decode_symbol(data: bytes) -> mx.sym.Symbol:
-    """Return the network of a file. Before it is bound, :func:`output_shapes` has to be called.
+    """Return the network of a file. Before it is bound, :func:`output_shapes` checks it further.
 
     Raises
     ------
     ValueError
-        If ``data`` is not such a file, differs from its checksum, or has something in it that is
-        not let through. The text says what.
+        If ``data`` is not such a file, differs from its checksum, or holds something that is not
+        allowed. The text says what.
     """
     try:
         graph = json.loads(data)
@@ -105,7 +104,7 @@ def _checked_node(node, num_outputs):
     if operator == 'Custom' and attributes.get('op_type') != 'centerloss':
         operator, most = f'Custom({attributes.get("op_type")})', -1
     if most < 0 or node.get('subgraphs') or node.get('control_deps'):
-        raise ValueError(f'the operator {operator} of {name} is not let through')
+        raise ValueError(f'the operator {operator} of {name} is not allowed')
     if not fewest <= len(inputs) <= most:
         raise ValueError(f'the operator {operator} of {name} has {len(inputs)} inputs')
     for key, value in attributes.items():
@@ -113,7 +112,7 @@ def _checked_node(node, num_outputs):
         largest = max(map(abs, [0, *numbers, math.prod(number or 1 for number in numbers)]))
         too_large = largest > (1000 if key == 'num_outputs' else MAX_SIZE)
         if too_large or (key in DIVISORS and min(numbers, default=1) < 1) or key == 'self':
-            raise ValueError(f'the attribute {key}={value} of {name} is not let through')
+            raise ValueError(f'the attribute {key}={value} of {name} is not allowed')
     return {'op': operator, 'name': name, 'attrs': attributes, 'inputs': inputs}
 
 
@@ -125,13 +124,15 @@ def _checked_entry(entry, num_outputs):
     return [node, output, version]
 
 
-def output_shapes(network: mx.sym.Symbol, data_shapes: Mapping[str, tuple]) -> dict[str, tuple]:
+def output_shapes(
+    network: mx.sym.Symbol, data_shapes: Mapping[str, tuple], max_values: float = math.inf
+) -> dict[str, tuple]:
     """Return the shapes of all variables and outputs by name, given those of the inputs.
 
     Raises
     ------
     InputError
-        If the network does not fit the inputs, or takes too much memory for them.
+        If the network does not fit the inputs, or has more than ``max_values`` in all for them.
     """
     internals = network.get_internals()
     try:
@@ -140,21 +141,21 @@ def output_shapes(network: mx.sym.Symbol, data_shapes: Mapping[str, tuple]) -> d
             _, shapes, _ = internals.infer_shape(**data_shapes)
         if shapes is None:
             raise ValueError('shapes of other inputs are needed')
-        shapes = dict(zip(internals.list_outputs(), shapes, strict=True))
-        if sum(map(math.prod, shapes.values())) > MAX_ELEMENTS:
-            raise ValueError(f'its outputs have more than {MAX_ELEMENTS} values')
+        names = internals.list_outputs()
+        shapes = dict(zip(names, shapes, strict=True))
+        if len(shapes) < len(names):
+            raise ValueError('two of its outputs have one name')
+        if sum(map(math.prod, shapes.values())) > max_values:
+            raise ValueError(f'its outputs have more than {max_values} values')
         nodes = json.loads(network.tojson())['nodes']
-        for node in (node for node in nodes if node['op'] == 'Reshape'):
-            source, index, _ = node['inputs'][0]
-            source = nodes[source]['name']
-            sizes = [
-                math.prod(shapes[name])
-                for name in (source, f'{source}_output', f'{source}_output{index}')
-                if name in shapes
-            ]
-            # MXNet does not compare them, and writes beyond its memory.
-            if math.prod(shapes[f'{node["name"]}_output']) not in sizes[:1]:
-                raise ValueError(f'{node["name"]} changes the number of values')
+        for node in nodes:
+            if node['op'] == 'Reshape':  # MXNet does not compare sizes, and writes beyond memory
+                source, index, _ = node['inputs'][0]
+                source, result = nodes[source]['name'], node['name']
+                names = (source, f'{source}_output', f'{source}_output{index}')
+                sizes = [math.prod(shapes[name]) for name in names if name in shapes]
+                if any(size != math.prod(shapes[f'{result}_output']) for size in sizes):
+                    raise ValueError(f'{result} changes the number of values')
     except (mx.MXNetError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f'the network does not take {dict(data_shapes)}: {reason}') from None
@@ -166,14 +167,15 @@ def parameter_mismatches(
     data_shapes: Mapping[str, tuple] | Iterable[tuple[str, tuple]],
     arg_params: Mapping,
     aux_params: Mapping,
+    max_values: float = math.inf,
 ) -> Iterator[tuple[str, str]]:
     """Yield (name, why) of parameters that the network lacks, misses or has in another shape.
 
-    ``data_shapes`` are the shapes of its inputs by name; labels may be left out. Raises InputError
-    as :func:`output_shapes` does.
+    ``data_shapes`` are the shapes of its inputs by name; labels may be left out. A network from a
+    file has to be checked by this before it is bound. Raises InputError as :func:`output_shapes`.
     """
     data_shapes = dict(data_shapes)
-    shapes = output_shapes(network, data_shapes)
+    shapes = output_shapes(network, data_shapes, max_values)
     wanted = {
         name: shapes[name]
         for name in network.list_arguments() + network.list_auxiliary_states()

@@ -299,7 +299,7 @@ def test_launcher_passes_signals_on(number):
     command = [*TRAIN, '--num-workers=2', '--batch-size=16', '--num-epochs=500']
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        wait_for(Path('center_loss-0001.json').exists)
+        wait_for(Path('center_loss-0002.json').exists)
         started = children(run.pid)
         run.send_signal(number)
         _, stderr = run.communicate(timeout=30)
@@ -416,6 +416,14 @@ def test_environment_is_checked(environment, name, value, message):
 def test_environment_is_required():
     with pytest.raises(InputError, match=r'needs DMLC_ROLE, DMLC_PS_ROOT_URI, .*--num-workers=2'):
         train_small(kv_store='dist_sync')
+
+
+@pytest.mark.parametrize('script', ['train', 'vis'])
+def test_import_takes_no_role(script):
+    """MXNet must not be imported before common.environment, or it would serve here."""
+    run = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import {script}'
+    result = run_python('-c', run, DMLC_ROLE='scheduler')
+    assert (result.returncode, result.stderr) == (0, '')
 
 
 def test_address_of_another_machine_is_refused():

@@ -31,9 +31,9 @@ from tqdm import tqdm
 from common.environment import available_cpus, mx
 from common import vectorized
 from common.averaging import Average
-from common.checkpoints import versions
 from common.command_line import ArgumentParser, number, run_script
 from common.files import replace_when_whole
+from common.versions import versions
 from data import load_digits
 from tools.benchmark_torch import FORMS
 from tools.measuring import LABELS, ROOT, Report, Training, TrainingProcess, run_python
@@ -287,7 +287,7 @@ def measure_vis(report: Report, args: argparse.Namespace) -> None:
         run_python(ROOT / 'train.py', *options, cwd=folder)
         for _ in range(min(3, report.max_rounds)):
             begin = time.perf_counter()
-            for split in ('train', 'val'):
+            for split in ('train', 'test'):
                 options = [f'--split={split}', *args.data_options]
                 run_python(ROOT / 'vis.py', *options, cwd=folder, MPLBACKEND='Agg')
             seconds.append(time.perf_counter() - begin)
@@ -320,7 +320,10 @@ def machine() -> dict[str, str]:
 
 def main(argv: Sequence[str] = ()) -> None:
     """Run the parts, each in a process of its own, and print the table."""
-    parser = ArgumentParser(description='Measure how fast this is, by interleaved comparisons.')
+    parser = ArgumentParser(
+        prog='python -m tools.benchmark',
+        description='Measure how fast this is, by interleaved comparisons.',
+    )
     add = parser.add_argument
     add('--data-dir', type=Path, metavar='DIR', help='folder of the IDX files for train.py, vis.py')
     add('--only', nargs='+', choices=list(PARTS), default=list(PARTS), metavar='PART')

@@ -181,7 +181,10 @@ PARTS = {'drift': measure_drift, 'cost': measure_cost, 'scaling': measure_scalin
 
 def main(argv: Sequence[str] = ()) -> None:
     """Measure the chosen parts."""
-    parser = ArgumentParser(description='Measure several devices and workers on the CPU.')
+    parser = ArgumentParser(
+        prog='python -m tools.benchmark_devices',
+        description='Measure several devices and workers on the CPU.',
+    )
     parser.add_argument(
         '--only', nargs='+', choices=list(PARTS), default=list(PARTS), metavar='PART'
     )

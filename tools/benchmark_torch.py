@@ -100,7 +100,10 @@ def to_tensor(array: np.ndarray, dtype: 'torch.dtype') -> 'torch.Tensor':
 
 def main(argv: Sequence[str] = ()) -> None:
     """Train an epoch for every line on stdin, or some epochs."""
-    parser = ArgumentParser(description='Train LeNet with center loss in PyTorch.')
+    parser = ArgumentParser(
+        prog='python -m tools.benchmark_torch',
+        description='Train LeNet with center loss in PyTorch.',
+    )
     parser.add_argument('form', choices=list(FORMS))
     parser.add_argument(
         '--epochs',

@@ -160,7 +160,10 @@ def run_in(folder: Path, args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] = ()) -> None:
     """Run in this process, or start the workers and run in each of them."""
     count = number(int, minimum=1)
-    parser = ArgumentParser(description='Train with very many classes, on random data.')
+    parser = ArgumentParser(
+        prog='python -m tools.many_classes',
+        description='Train with very many classes, on random data.',
+    )
     add = parser.add_argument
     add('--num-classes', type=count, default=100_000, metavar='K', help='number of classes')
     add('--dim', type=count, default=512, metavar='D', help='dimension of the embedding')

@@ -253,7 +253,8 @@ def main(argv: Sequence[str] = ()) -> None:
     """Train what is missing, then print the tables and draw the pictures."""
     count = number(int, minimum=1)
     parser = ArgumentParser(
-        description='Make the results of the documentation: training runs, tables, pictures.'
+        prog='python -m tools.reproduce',
+        description='Make the results of the documentation: training runs, tables, pictures.',
     )
     add = functools.partial(parser.add_argument, metavar='N')
     add('--dataset', choices=list(DATASETS), default='mnist', metavar=None, help='as in train.py')

@@ -22,11 +22,11 @@ from common.command_line import ArgumentParser, number, run_script
 from common.errors import InputError
 from data import read_idx
 
-MEMORY = 50_000  # kB that all of it may add
+MEMORY = 50_000  # kB that all of them may take
 
 
 def mutate(content, chance):
-    """One to four random edits of bytes: overwritten, cut, repeated, inserted, exchanged, or a header field set to an odd number."""
+    """One to four random edits: bytes overwritten, cut, repeated, inserted, or a header field."""
     content = bytearray(content)
     for _ in range(chance.randint(1, 4)):
         if not content:
@@ -112,9 +112,8 @@ def main(argv=()):
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
     for (manner, outcome), count in sorted(outcomes.items()):
         print(f'{count:7d}  {manner:25s} {outcome}')
-    print(
-        f'{args.files} files in {time.monotonic() - begin:.0f} s, {memory} kB of memory added, {len(wrong)} wrong'
-    )
+    seconds = time.monotonic() - begin
+    print(f'{args.files} files in {seconds:.0f} s, {memory} kB of memory, {len(wrong)} wrong')
     for manner, what in wrong[:20]:
         print(f'wrong: {manner}: {what}', file=sys.stderr)
     sys.exit(1 if wrong or memory > MEMORY else 0)

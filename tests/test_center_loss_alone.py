@@ -1,0 +1,284 @@
+"""center_loss.py alone in an empty folder, in fresh processes, under each of MXNet's engines."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULE = ROOT / 'center_loss.py'
+READS = int(os.environ.get('STALE_READS', 100))  # of centers, in each way of training
+FITS = int(os.environ.get('STALE_FITS', 5))
+every_engine = pytest.mark.parametrize(
+    'engine',
+    [
+        'ThreadedEnginePerDevice',
+        pytest.param('ThreadedEngine', marks=pytest.mark.slow),
+        pytest.param('NaiveEngine', marks=pytest.mark.slow),
+    ],
+)
+
+# The lines that the docstring gives to paste.
+ALIASES = '\n'.join(
+    line.strip()
+    for line in ast.get_docstring(ast.parse(MODULE.read_text())).splitlines()
+    if line.strip() == 'import numpy as np' or line.strip().startswith('np.bool')
+)
+PRELUDE = f"""
+{ALIASES}
+import atexit, os, signal, sys, warnings
+import mxnet as mx
+from mxnet import autograd, gluon
+"""
+USE = """
+x = mx.nd.ones((4, 2))
+x.attach_grad()
+y = mx.nd.zeros(4)
+def use():
+    import center_loss
+    center = center_loss.CenterLossBlock(3, 2)
+    center.initialize()
+    with autograd.record():
+        loss = center(x, y)
+    loss.backward()
+    assert loss.asnumpy().tolist() == [1, 1, 1, 1] and x.grad.asnumpy().all()
+    metric = center_loss.CenterLossMetric()
+    metric.update([y], [loss])
+    assert metric.get()[1] == 1
+"""
+NETWORK = """
+import numpy as np
+import center_loss
+rng = np.random.default_rng(0)
+def batch(size=64):
+    return mx.nd.array(rng.normal(size=(size, 20))), mx.nd.array(rng.integers(0, 10, size))
+def network():
+    data = mx.sym.var('data')
+    hidden = mx.sym.FullyConnected(data, num_hidden=64, name='hidden')
+    embedding = mx.sym.FullyConnected(mx.sym.tanh(hidden), num_hidden=2, name='embedding')
+    logits = mx.sym.FullyConnected(embedding, num_hidden=10, name='fc')
+    return mx.sym.Group([
+        mx.sym.SoftmaxOutput(logits, mx.sym.var('softmax_label'), name='softmax'),
+        mx.sym.Custom(data=embedding, label=mx.sym.var('center_label'), op_type='centerloss',
+                      name='center_loss', num_class=10, scale=0.1, normalization='null')])
+labels = ['softmax_label', 'center_label']
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a program in a folder that holds nothing but center_loss.py; return what it prints."""
+    shutil.copy(MODULE, tmp_path)
+
+    def run(program, engine='ThreadedEnginePerDevice', timeout=300):
+        ours = ('OMP_', 'GOMP_', 'MXNET_', 'DMLC_', 'PYTHON')
+        environ = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+        environ.update(MXNET_ENGINE_TYPE=engine, PYTHONWARNINGS='ignore')
+        (tmp_path / 'program.py').write_text(program + '\nmx.nd.waitall()\n')
+        done = subprocess.run(
+            [sys.executable, 'program.py'],
+            cwd=tmp_path,
+            env=environ,
+            timeout=timeout,
+            text=True,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+@every_engine
+@pytest.mark.parametrize('used', [False, True], ids=['fresh', 'used'])
+def test_host_is_unchanged(run, engine, used):
+    run(
+        PRELUDE
+        + USE
+        + f"""
+if {used}:
+    (x + 1).asnumpy()
+def state():
+    return {{
+        'environment': dict(os.environ),
+        'warnings': list(warnings.filters),
+        'numpy': {{name: id(value) for name, value in vars(np).items()}},
+        'floating-point errors': np.geterr(),
+        'exit hooks': atexit._ncallbacks(),
+        'signals': {{number: signal.getsignal(number) for number in signal.valid_signals()}},
+        'path': list(sys.path),
+        'streams': (sys.stdout, sys.stderr),
+    }}
+before, modules = state(), set(sys.modules)
+import center_loss
+assert state() == before
+assert set(sys.modules) - modules == {{'center_loss'}}
+use()
+after = state()
+for key in before:
+    assert after[key] == before[key], (key, before[key], after[key])
+""",
+        engine,
+    )
+
+
+@every_engine
+def test_forked_workers_answer(run, engine):
+    run(
+        PRELUDE
+        + USE
+        + """
+import multiprocessing
+use()
+with multiprocessing.Pool(2) as pool:
+    assert pool.map(abs, [-1, 2, -3]) == [1, 2, 3]
+data = gluon.data.ArrayDataset(np.ones((10, 2), 'float32'), np.zeros(10, 'int64'))
+for x, y in gluon.data.DataLoader(data, batch_size=4, num_workers=2):
+    x, y = x.as_in_context(mx.cpu()), y.as_in_context(mx.cpu())
+    x.attach_grad()
+    assert y.dtype == np.int64
+    if len(x) == 4:
+        use()
+""",
+        engine,
+        timeout=100,
+    )
+
+
+@every_engine
+def test_module_reads_moved_centers(run, engine):
+    run(
+        PRELUDE
+        + NETWORK
+        + f"""
+module = mx.mod.Module(network(), label_names=labels)
+module.bind([('data', (64, 20))], [(name, (64,)) for name in labels])
+module.init_params(mx.init.Xavier())
+module.init_optimizer()
+metric = center_loss.CenterLossMetric()
+stale = 0
+for _ in range({READS}):
+    x, y = batch()
+    module.forward_backward(mx.io.DataBatch([x], [y, y]))
+    module.update()
+    module.update_metric(metric, [y, y])
+    first = module.get_params()[1]['center_loss_center_bias'].asnumpy()
+    mx.nd.waitall()
+    module._params_dirty = True
+    second = module.get_params()[1]['center_loss_center_bias'].asnumpy()
+    stale += not np.array_equal(first, second)
+print(stale, 'of', {READS})
+assert not stale
+""",
+        engine,
+    )
+
+
+@every_engine
+@pytest.mark.parametrize('hybridize', [False, True])
+def test_gluon_reads_moved_centers(run, engine, hybridize):
+    run(
+        PRELUDE
+        + NETWORK
+        + f"""
+embed, classify = gluon.nn.HybridSequential(), gluon.nn.Dense(10)
+embed.add(gluon.nn.Dense(64, activation='tanh'), gluon.nn.Dense(2))
+ce, center = gluon.loss.SoftmaxCrossEntropyLoss(), center_loss.CenterLossBlock(10, 2)
+model = gluon.nn.HybridSequential()
+model.add(embed, classify, center)
+model.initialize()
+model.hybridize({hybridize})
+trainer = gluon.Trainer(model.collect_params(), 'sgd')
+stale = 0
+for _ in range({READS}):
+    x, y = batch()
+    with autograd.record():
+        embedding = embed(x)
+        loss = ce(classify(embedding), y) + 0.1 * center(embedding, y)
+    loss.backward()
+    trainer.step(len(x))
+    loss.asnumpy()
+    first = center.centers.data().asnumpy()
+    mx.nd.waitall()
+    stale += not np.array_equal(first, center.centers.data().asnumpy())
+print(stale, 'of', {READS})
+assert not stale
+""",
+        engine,
+    )
+
+
+@pytest.mark.slow
+@every_engine
+def test_fit_saves_moved_centers(run, engine):
+    run(
+        PRELUDE
+        + NETWORK
+        + f"""
+x, y = (array.asnumpy() for array in batch(640))
+data = mx.io.NDArrayIter(x, dict.fromkeys(labels, y), batch_size=64)
+def module():
+    return mx.mod.Module(network(), label_names=labels)
+replay = module()
+replay.bind(data.provide_data, data.provide_label)
+replay.init_params(mx.init.Xavier())
+replay.init_optimizer()
+start = [{{name: value.copy() for name, value in part.items()}} for part in replay.get_params()]
+for batch in data:
+    replay.forward_backward(batch)
+    replay.update()
+    mx.nd.waitall()
+centers = replay.get_params()[1]['center_loss_center_bias'].asnumpy()
+stale = 0
+for _ in range({FITS}):
+    data.reset()
+    metrics = [center_loss.Accuracy(), center_loss.CenterLossMetric()]
+    module().fit(data, num_epoch=1, eval_metric=metrics, arg_params=start[0], aux_params=start[1],
+                 epoch_end_callback=mx.callback.do_checkpoint('net'))
+    saved = mx.model.load_checkpoint('net', 1)[2]['center_loss_center_bias'].asnumpy()
+    stale += not np.allclose(saved, centers, rtol=1e-4, atol=1e-6)
+print(stale, 'of', {FITS})
+assert not stale
+""",
+        engine,
+    )
+
+
+@every_engine
+def test_docstring_examples(run, engine):
+    out = run(
+        PRELUDE
+        + """
+import doctest
+import center_loss
+result = doctest.testmod(center_loss)
+assert result.attempted > 25 and not result.failed
+""",
+        engine,
+    )
+    assert 'Error' not in out
+
+
+@pytest.mark.slow
+def test_gluon_page_prints_what_it_says(tmp_path):
+    page = (ROOT / 'docs' / 'gluon.md').read_text()
+    program, printed = re.search(r'```python\n(.*?)```.*?```\n(.*?)```', page, re.DOTALL).groups()
+    environ = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONWARNINGS': 'ignore'}
+    (tmp_path / 'data').symlink_to(ROOT / 'data')
+    program = f'{ALIASES}\n{program}'
+    done = subprocess.run(
+        [sys.executable, '-c', program], cwd=tmp_path, env=environ, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines, expected = done.stdout.splitlines(), printed.splitlines()
+    assert len(lines) == len(expected) == 6
+    for line, other in zip(lines, expected, strict=True):
+        assert re.sub(r'[\d.]+', '', line) == re.sub(r'[\d.]+', '', other)
+    accuracy, center_loss = (float(number) for number in re.findall(r'\d+\.\d+', lines[-1]))
+    assert accuracy > 0.93 and 0.5 < center_loss < 2
+    assert (tmp_path / 'gluon.params').exists()

@@ -1,0 +1,137 @@
+"""The documentation: its size, links, commands and examples."""
+
+import importlib
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+import vis
+from common.environment import mx
+from common.command_line import ArgumentParser
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+README = PAGES[0].read_text()
+TEST_COMMAND = '    pip install -r tests/requirements.txt && python -m pytest tests\n'
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r'^#+ (.*)$', page.read_text(), re.M)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+def shell_lines(text):
+    """The lines of code blocks that are indented, or fenced but not as Python."""
+    fenced = re.findall(r'^```(?:sh|bash|)\n(.*?)^```', text, re.M | re.S)
+    text = re.sub(r'^```.*?^```', '', text, flags=re.M | re.S)
+    return [*re.findall(r'^    (.*)$', text, re.M), *''.join(fenced).splitlines()]
+
+
+def python_commands(text):
+    """The arguments of every command ``python ...`` in code blocks and in backquotes."""
+    quoted = re.findall(r'`(python [^`\n]+)`', text)
+    for line in [*shell_lines(text), *quoted]:
+        for command in line.split(' && '):
+            if command := re.fullmatch(r'(?:\w+=\S*\s+)*python\s+(.+)', command):
+                yield shlex.split(command[1], comments=True)
+
+
+COMMANDS = {
+    f'{page.name}: {shlex.join(command)}': command
+    for page in PAGES
+    if page.name != 'changes.md'
+    for command in python_commands(page.read_text())
+}
+
+
+class Parsed(Exception):
+    """Raised in the place of running a tool whose arguments are right."""
+
+
+def test_readme_is_short():
+    assert len(README.encode()) < 10_000
+
+
+def test_readme_shows_the_test_command():
+    assert TEST_COMMAND in README
+
+
+def test_commands_are_found():
+    assert ['train.py', '--batch-size=128'] in COMMANDS.values()
+    assert len(COMMANDS) > 30
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r'\]\(([^)]+)\)', page.read_text()):
+        if not target.startswith(('http:', 'https:')):
+            name, _, anchor = target.partition('#')
+            linked = page.parent / name if name else page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize('command', COMMANDS.values(), ids=COMMANDS)
+def test_command_parses(command, monkeypatch):
+    if command[0] == 'train.py':
+        if not {'-h', '--help'} & {*command}:
+            train.parse_args([word.replace('SEED', '1') for word in command[1:]])
+    elif command[0] == 'vis.py':
+        if not {'-h', '--help'} & {*command}:
+            vis.parse_args(command[1:])
+    elif command[0] == '-m' and command[1].startswith('tools.'):
+
+        def parse_args(self, argv):
+            original(self, argv)
+            raise Parsed
+
+        original = ArgumentParser.parse_args
+        monkeypatch.setattr(ArgumentParser, 'parse_args', parse_args)
+        if command[1] == 'tools.benchmark_torch':
+            pytest.importorskip('torch')
+        with pytest.raises(Parsed):
+            importlib.import_module(command[1]).main(command[2:])
+    elif command[0] == '-m':
+        assert importlib.util.find_spec(command[1])
+    elif command[0] != '-c':
+        assert (ROOT / command[0]).is_file()
+
+
+def test_tools_are_documented():
+    named = {command[1] for command in COMMANDS.values() if command[0] == '-m'}
+    scripts = [path for path in (ROOT / 'tools').glob('*.py') if 'def main' in path.read_text()]
+    changes = (ROOT / 'docs' / 'changes.md').read_text()
+    for name in (f'tools.{path.stem}' for path in scripts):
+        assert name in named or f'python -m {name}' in changes
+
+
+def test_readme_examples():
+    """The snippets run, given the network and the data that they take as given."""
+    module_example, gluon_example = re.findall(r'^```python\n(.*?)^```', README, re.M | re.S)
+    assert len([line for line in (module_example + gluon_example).splitlines() if line]) <= 15
+    label, images = mx.sym.var('label'), np.random.default_rng(0).random((40, 8), np.float32)
+    labels = np.arange(40, dtype=np.float32) % 10
+    embedding = mx.sym.FullyConnected(mx.sym.var('data'), num_hidden=2)
+    names = {
+        'label': label,
+        'embedding': embedding,
+        'logits': mx.sym.FullyConnected(embedding, num_hidden=10),
+        'batches': mx.io.NDArrayIter(images, labels, batch_size=20, label_name='label'),
+    }
+    exec(module_example, names)
+    centers = names['module'].get_params()[1]['center_loss_center_bias']
+    assert centers.shape == (10, 2) and abs(centers.asnumpy()).max() > 0
+
+    embed, classify = (mx.gluon.nn.Dense(units) for units in (2, 10))
+    embed.initialize()
+    classify.initialize()
+    cross_entropy = mx.gluon.loss.SoftmaxCrossEntropyLoss()
+    names = {'mx': mx, 'embed': embed, 'classify': classify, 'cross_entropy': cross_entropy}
+    exec(gluon_example, {**names, 'images': mx.nd.array(images), 'labels': mx.nd.array(labels)})
+    assert abs(embed.weight.grad().asnumpy()).max() > 0
