@@ -305,8 +305,8 @@ def style_curves(ax: Axes, metric: str) -> None:
         bottom = 1 - 5 * (1 - min(ends, default=0))
         if bottom > ax.get_ylim()[0]:
             ax.set_ylim(bottom, 1 + 0.04 * (1 - bottom))
-    else:  # the loss of one run may be a hundred times that of another
-        ax.set_yscale('log')
+    elif any(value > 0 for line in ax.get_lines() for value in line.get_ydata()):
+        ax.set_yscale('log')  # the loss of one run may be a hundred times that of another
         ax.yaxis.set_major_formatter('{x:g}')
         ax.yaxis.set_minor_formatter(lambda x, position: f'{x:g}' if f'{x:e}'[0] in '235' else '')
         ax.grid(which='minor')

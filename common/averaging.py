@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from common.environment import mx
+from common.array_file import tagged, untagged
 from common.module import Module
 
 
@@ -61,19 +62,3 @@ class Average:
         self.module.set_params(*untagged(self.arrays))
         yield last
         self.module.set_params(*untagged(last))
-
-
-def tagged(arg_params: dict, aux_params: dict) -> dict:
-    """Join weights and centers under 'arg:NAME' and 'aux:NAME', as MXNet's .params files do."""
-    return {
-        **{f'arg:{name}': value for name, value in arg_params.items()},
-        **{f'aux:{name}': value for name, value in aux_params.items()},
-    }
-
-
-def untagged(arrays: dict) -> tuple[dict, dict]:
-    """Split what :func:`tagged` has joined into (arg_params, aux_params)."""
-    return tuple(
-        {name[4:]: value for name, value in arrays.items() if name.startswith(kind)}
-        for kind in ('arg:', 'aux:')
-    )

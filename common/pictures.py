@@ -99,9 +99,12 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Fi
 
 
 def distinct_colors(count: int) -> list[tuple[float, float, float]]:
-    """Return so many RGB colors, as distinct as they can be."""
-    palette = 'tab10' if count <= 10 else 'tab20' if count <= 20 else 'husl'
-    return import_seaborn().color_palette(palette, count)
+    """Return so many RGB colors; beyond 20, neighboring hues differ in lightness."""
+    seaborn = import_seaborn()
+    if count <= 20:
+        return seaborn.color_palette('tab10' if count <= 10 else 'tab20', count)
+    palettes = [seaborn.husl_palette(count, l=lightness) for lightness in (0.45, 0.6, 0.75)]
+    return [palettes[i % 3][i] for i in range(count)]
 
 
 def viewing_plane(embeddings: np.ndarray) -> Plane:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.environment import mx
-from common.averaging import tagged, untagged
+from common.array_file import tagged, untagged
 from common.checkpoints import Checkpoints, parameter_mismatches, rename_original
 from common.distributed import broadcast_from_rank_0
 from common.errors import InputError

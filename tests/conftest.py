@@ -15,3 +15,12 @@ def in_own_folder(tmp_path, monkeypatch):
     """Run a test in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def restore_signals():
+    """Put back the handlers that run_script leaves for a process to end with."""
+    before = [(kind, signal.getsignal(kind)) for kind in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for kind, handler in before:
+        signal.signal(kind, handler)

@@ -211,6 +211,14 @@ def test_damaged_is_passed_over_and_kept(harm, kind, caplog):
     assert checkpoints.epochs() == [1, 2]
 
 
+def test_copied_epoch_is_found():
+    checkpoints = save(1)
+    for kind in ('params', 'resume', 'json'):
+        shutil.copy(f'run-0001.{kind}', f'run-0002.{kind}')
+    with pytest.raises(DamagedCheckpoint, match=r'run-0002.json is damaged: it is of epoch 1'):
+        checkpoints.load(2)
+
+
 def test_none_whole_is_refused():
     checkpoints = save(1, 2)
     flip('run-0001.resume', 50)
@@ -612,6 +620,14 @@ def test_reshape_to_another_size_is_refused(shape):
         output_shapes(symbol, {'x0': (2, 3, 8, 8)})
 
 
+def test_reshape_of_a_second_name_is_refused():
+    graph = operator('Reshape', 1, shape='(10, 10)')
+    graph['nodes'][0]['name'] = 'y_output'
+    symbol = decode_symbol(json.dumps(graph).encode())
+    with pytest.raises(InputError, match='two of its outputs have one name'):
+        output_shapes(symbol, {'y_output': (2, 3, 8, 8)})
+
+
 def test_too_much_memory_is_refused():
     net = mx.sym.var('data')
     for _ in range(5):
@@ -765,6 +781,8 @@ def test_kill_between_any_two_steps_loses_nothing(before, monkeypatch):
         else:  # all that there was is still there, where it was or under the other prefix
             assert set(old.values()) - {old['run-symbol.json']} <= set(contents(copy).values())
             assert newest is None or not is_new(newest, epoch)
+            if before == 'old run':
+                assert found.epochs() == [1, 2, 3][: len(found.epochs())]
             for other in found.epochs() if before == 'old run' else ():
                 with contextlib.suppress(UncheckedCheckpoint):
                     assert_whole(found, other)
@@ -819,7 +837,9 @@ def resident_memory():
 
 @pytest.mark.slow
 def test_memory_is_flat():
-    checkpoints, symbol = Checkpoints('run'), network()
+    checkpoints, symbol = Checkpoints('run'), mx.sym.var('data')
+    for _ in range(300):
+        symbol = mx.sym.FullyConnected(symbol, num_hidden=10)
     weights = {'w': mx.nd.ones((200, 500))}
     for epoch in range(1, 201):
         checkpoints.save(epoch, symbol, weights, {}, {}, {}, remove=[epoch - 1])

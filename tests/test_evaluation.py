@@ -30,12 +30,12 @@ def sample():
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """A folder with untrained checkpoints: lenet, six (of ten classes), other (another network)."""
+    """A folder with untrained checkpoints: small, six (of ten classes), other (another network)."""
     folder = tmp_path_factory.mktemp('runs')
-    save_untrained(folder / 'lenet', train.get_symbol(center_loss_weight=0.1))
-    save_untrained(folder / 'six', train.get_symbol(num_classes=6, embedding_dim=3))
-    tanh = train.get_symbol().get_internals()['tanh3_output']
-    logits = mx.sym.FullyConnected(tanh, num_hidden=10, name='fc2')
+    save_untrained(folder / 'small', network(center_loss_weight=0.1))
+    save_untrained(folder / 'six', network(num_classes=6, embedding_dim=3))
+    hidden = network().get_internals()['fc1_output']
+    logits = mx.sym.FullyConnected(hidden, num_hidden=10, name='fc2')
     save_untrained(folder / 'other', mx.sym.SoftmaxOutput(logits, name='softmax'))
     return folder
 
@@ -45,30 +45,48 @@ def working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def random_params(network, seed=1, size=28):
+def network(num_classes=10, embedding_dim=2, center_loss_weight=0.01):
+    """A small network with the layers that train.py's networks end in."""
+    net = mx.sym.FullyConnected(mx.sym.flatten(mx.sym.var('data')), num_hidden=16, name='fc1')
+    net = mx.sym.Activation(net, act_type='tanh')
+    embedding = mx.sym.FullyConnected(net, num_hidden=embedding_dim, name='embedding')
+    logits = mx.sym.FullyConnected(embedding, num_hidden=num_classes, name='fc2')
+    center_loss = mx.sym.Custom(
+        data=embedding,
+        label=mx.sym.var('center_label'),
+        op_type='centerloss',
+        name='center_loss',
+        num_class=num_classes,
+        scale=center_loss_weight,
+        normalization='null',
+    )
+    return mx.sym.Group([mx.sym.SoftmaxOutput(logits, name='softmax'), center_loss])
+
+
+def random_params(symbol, seed=1, size=28):
     """Weights of a network, normal with standard deviation 1 / sqrt(inputs), and zero centers."""
     rng = np.random.default_rng(seed)
-    shapes, _, aux_shapes = network.infer_shape(data=(1, 1, size, size))
+    shapes, _, aux_shapes = symbol.infer_shape(data=(1, 1, size, size))
     arg_params = {
         name: mx.nd.array(rng.normal(size=shape) / math.sqrt(math.prod(shape[1:])))
-        for name, shape in zip(network.list_arguments(), shapes, strict=True)
+        for name, shape in zip(symbol.list_arguments(), shapes, strict=True)
         if name != 'data' and not name.endswith('label')
     }
-    names = network.list_auxiliary_states()
+    names = symbol.list_auxiliary_states()
     return arg_params, {
         name: mx.nd.zeros(shape) for name, shape in zip(names, aux_shapes, strict=True)
     }
 
 
-def save_untrained(prefix, network, epoch=1, **options):
-    arg_params, aux_params = random_params(network, epoch, **options)
-    Checkpoints(prefix).save(epoch, network, arg_params, aux_params, {}, {})
+def save_untrained(prefix, symbol, epoch=1, **options):
+    arg_params, aux_params = random_params(symbol, epoch, **options)
+    Checkpoints(prefix).save(epoch, symbol, arg_params, aux_params, {}, {})
 
 
 def embed_by_hand(prefix, epoch, images):
     """Embeddings and probabilities of a checkpoint in one batch, with MXNet's own loader."""
-    network, arg_params, aux_params = mx.model.load_checkpoint(str(prefix), epoch)
-    layers = network.get_internals()
+    symbol, arg_params, aux_params = mx.model.load_checkpoint(str(prefix), epoch)
+    layers = symbol.get_internals()
     executor = mx.sym.Group([layers['embedding_output'], layers['softmax_output']]).simple_bind(
         mx.cpu(), grad_req='null', data=(len(images), 1, 28, 28), softmax_label=(len(images),)
     )
@@ -108,8 +126,8 @@ def verification_by_hand(embeddings, labels, distance):
 @pytest.mark.parametrize('count, batch_size', [(1, 100), (250, 100), (50, 7), (40, 50)])
 def test_embed(count, batch_size, runs, sample):
     images = sample.train_images[:count]
-    embeddings, logits = embed(str(runs / 'lenet'), 1, images, batch_size)
-    expected, probability = embed_by_hand(runs / 'lenet', 1, images)
+    embeddings, logits = embed(str(runs / 'small'), 1, images, batch_size)
+    expected, probability = embed_by_hand(runs / 'small', 1, images)
     np.testing.assert_allclose(embeddings, expected, atol=1e-4)
     softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(softmax, probability, atol=1e-5)
@@ -120,11 +138,11 @@ def test_vis_embed():
     assert vis.embed is embed
 
 
-@pytest.mark.parametrize('network', ['lenet', 'lenet++'])
-def test_saved_form_does_not_matter(network, sample):
+@pytest.mark.parametrize('name', ['lenet', 'lenet++'])
+def test_saved_form_does_not_matter(name, sample):
     """c9a6961 saved the vectorised form of the network, with MXNet's own function."""
     plain, fast = (
-        train.get_symbol(network=network, vectorized=form, center_loss_weight=0.3)
+        train.get_symbol(network=name, vectorized=form, center_loss_weight=0.3)
         for form in (False, True)
     )
     params = random_params(plain)
@@ -156,48 +174,48 @@ def test_other_image_size():
 )
 def test_wrong_images(images, runs):
     with pytest.raises(InputError, match='images to embed have to be uint8 of shape'):
-        embed(runs / 'lenet', 1, images)
+        embed(runs / 'small', 1, images)
 
 
 def test_missing_epoch(runs, sample):
-    with pytest.raises(InputError, match=r'there is no .*lenet-0009\.params'):
-        embed(runs / 'lenet', 9, sample.val_images)
+    with pytest.raises(InputError, match=r'there is no .*small-0009\.params'):
+        embed(runs / 'small', 9, sample.val_images)
 
 
 def test_missing_symbol(runs, sample, tmp_path):
-    (tmp_path / 'alone-0001.params').write_bytes((runs / 'lenet-0001.params').read_bytes())
+    (tmp_path / 'alone-0001.params').write_bytes((runs / 'small-0001.params').read_bytes())
     with pytest.raises(InputError, match=r'alone-symbol\.json'):
         embed('alone', 1, sample.val_images)
 
 
-@pytest.mark.parametrize('prefix', ['other', 'lenet_of_other'])
+@pytest.mark.parametrize('prefix', ['other', 'small_of_other'])
 def test_other_network(prefix, runs, sample, tmp_path):
     """A network without an embedding, and parameters of another network than the symbol's."""
-    for source, name in (('lenet', 'symbol.json'), ('other', '0001.params')):
-        (tmp_path / f'lenet_of_other-{name}').write_bytes((runs / f'{source}-{name}').read_bytes())
+    for source, name in (('small', 'symbol.json'), ('other', '0001.params')):
+        (tmp_path / f'small_of_other-{name}').write_bytes((runs / f'{source}-{name}').read_bytes())
     folder = runs if prefix == 'other' else tmp_path
     with pytest.raises(InputError, match=r'are not a network of train\.py for images of 28'):
         embed(folder / prefix, 1, sample.val_images[:10])
 
 
 def test_not_finite(sample):
-    network = train.get_symbol()
-    arg_params, aux_params = random_params(network)
+    symbol = network()
+    arg_params, aux_params = random_params(symbol)
     arg_params['embedding_bias'][:] = np.nan
-    Checkpoints('nan').save(1, network, arg_params, aux_params, {}, {})
+    Checkpoints('nan').save(1, symbol, arg_params, aux_params, {}, {})
     with pytest.raises(InputError, match=r'nan-0001\.params embeds images as numbers that are not'):
         embed('nan', 1, sample.val_images[:10])
 
 
 def test_center_loss_weight(runs):
-    assert center_loss_weight(runs / 'lenet') == 0.1
+    assert center_loss_weight(runs / 'small') == 0.1
     assert center_loss_weight(runs / 'other') is None
 
 
 def test_evaluate(runs, sample):
     images, labels = sample.val_images[::4], sample.val_labels[::4]
-    measured = evaluate(runs / 'lenet', 1, images, labels)
-    embeddings, probability = embed_by_hand(runs / 'lenet', 1, images)
+    measured = evaluate(runs / 'small', 1, images, labels)
+    embeddings, probability = embed_by_hand(runs / 'small', 1, images)
     np.testing.assert_allclose(measured.embeddings, embeddings, atol=1e-4)
     assert measured.accuracy == np.mean(probability.argmax(axis=1) == labels)
     assert measured.clusters == pytest.approx(statistics_by_hand(embeddings, labels), rel=1e-4)

@@ -234,11 +234,12 @@ def measure_overhead(report: Report, args: argparse.Namespace) -> None:
         mx.nd.waitall()
 
     handler = AtEpochEnd(bare_epoch)
-    logging.getLogger().addHandler(handler)
     num_epochs = 1 + min(4 if args.data_dir else 40, report.max_rounds)
     options = ['--batch-size=128', f'--num-epochs={num_epochs}', *args.data_options]
+    logging.getLogger().addHandler(handler)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         train_main([*options, f'--save-model-prefix={folder}/run', f'--log-dir={folder}'])
+    logging.getLogger().removeHandler(handler)
     # A call and the epoch after it are a pair; the first epoch does not count.
     between, called = np.array(handler.between[1:]), np.array(handler.called[:-1])
     report.add('images/s, train.py over a bare loop of the same computations', called / between)

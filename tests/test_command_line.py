@@ -1,0 +1,203 @@
+"""Parsers, numbers, and how a script ends."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, run_python
+
+from common.command_line import ArgumentParser, number, run_script
+from common.errors import Failure, InputError
+from common.monitoring import Diverged
+
+PROGRAM = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from common.command_line import run_script
+from common.environment import mx
+from common.errors import Failure, InputError
+"""
+
+
+def make_parser():
+    parser = ArgumentParser(description='What it does.\n    and an example')
+    parser.add_argument('--batch-size', type=number(int, minimum=1), default=100, help='images')
+    parser.add_argument('--log_file', '--log-file', default='log.txt', help='the log')
+    parser.add_argument('--log_dir', '--log-dir', default='.', help='its folder')
+    parser.add_argument('--resume', action='store_true', help='go on')
+    return parser
+
+
+@pytest.mark.parametrize(
+    'parse, text, value',
+    [
+        (number(int, minimum=1), '1', 1),
+        (number(int), '-3', -3),
+        (number(float, above=0), '1e-3', 0.001),
+        (number(float, minimum=0, maximum=1), '1', 1.0),
+    ],
+)
+def test_number(parse, text, value):
+    assert parse(text) == value
+
+
+@pytest.mark.parametrize(
+    'parse, text, said',
+    [
+        (number(int), '1.5', "'1.5' is not a whole number"),
+        (number(int), '', "'' is not a whole number"),
+        (number(float), 'x', "'x' is not a finite number"),
+        (number(float), 'inf', "'inf' is not a finite number"),
+        (number(float), 'nan', "'nan' is not a finite number"),
+        (number(float), '1e999', "'1e999' is not a finite number"),
+        (number(int, minimum=1), '0', '0 is out of range: it has to be at least 1'),
+        (number(float, above=0), '0', '0 is out of range: it has to be greater than 0'),
+        (number(float, maximum=1), '2', '2 is out of range: it has to be at most 1'),
+    ],
+)
+def test_no_number(parse, text, said):
+    with pytest.raises(argparse.ArgumentTypeError) as error:
+        parse(text)
+    assert str(error.value) == said
+
+
+def test_abbreviations():
+    args = make_parser().parse_args(['--batch=128', '--log_f', 'x', '--log-d=y', '--res'])
+    assert vars(args) == {'batch_size': 128, 'log_file': 'x', 'log_dir': 'y', 'resume': True}
+
+
+@pytest.mark.parametrize(
+    'line, said',
+    [
+        ('--log=x', 'ambiguous option: --log'),
+        ('--batch-sizes=3', 'unrecognized arguments: --batch-sizes=3'),
+        ('file', 'unrecognized arguments: file'),
+        ('--batch-size', 'argument --batch-size: expected one argument'),
+        ('--batch-size=0', 'argument --batch-size: 0 is out of range'),
+    ],
+)
+def test_mistakes_are_raised(line, said):
+    with pytest.raises(InputError) as error:
+        make_parser().parse_args(line.split())
+    assert said in str(error.value)
+
+
+def test_help_shows_defaults(capsys):
+    with pytest.raises(SystemExit) as leave:
+        make_parser().parse_args(['--help'])
+    assert leave.value.code == 0
+    shown = capsys.readouterr().out
+    assert 'images (default: 100)' in shown and 'the log (default: log.txt)' in shown
+    assert 'go on\n' in shown, 'a default that says nothing'
+    assert '\n    and an example\n' in shown
+
+
+@pytest.mark.parametrize(
+    'error, status, said',
+    [
+        (None, None, ''),
+        (InputError('a mistake'), 2, 'tool.py: error: a mistake\n'),
+        (Failure('no luck'), 1, 'tool.py: error: no luck\n'),
+        (Diverged('x is nan', 'epoch 1'), 1, 'tool.py: error: training diverged: x is nan in epo'),
+        (KeyboardInterrupt(), 130, ''),
+        (SystemExit(7), 7, ''),
+    ],
+)
+def test_run_script(error, status, said, restore_signals, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['some/tool.py', '--a', 'b'])
+
+    def main(argv):
+        assert argv == ['--a', 'b']
+        if error:
+            raise error
+
+    if status is None:
+        assert run_script(main) is None
+    else:
+        with pytest.raises(SystemExit) as leave:
+            run_script(main)
+        assert leave.value.code == status
+    shown = capsys.readouterr().err
+    assert shown.startswith(said) and shown.count('\n') <= 1
+
+
+def test_bugs_show_a_traceback(restore_signals, monkeypatch):
+    with pytest.raises(ZeroDivisionError):
+        run_script(lambda argv: 1 / 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals(number, status):
+    """Without a word, after what has to be done at the end."""
+    program = f"""{PROGRAM}
+import os
+def main(argv):
+    try:
+        os.kill(os.getpid(), {int(number)})
+    finally:
+        print('cleaned up')
+run_script(main)"""
+    result = run_python('-c', program)
+    assert (result.stdout, result.stderr, result.returncode) == ('cleaned up\n', '', status)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_while_mxnet_calls_back(number, status):
+    """An exception would not come through: MXNet went on with unfilled results, and crashed."""
+    program = f"""{PROGRAM}
+import os
+import center_loss
+@mx.operator.register('stopped')
+class Stopped(center_loss.CenterLossProp):
+    def list_arguments(self):
+        os.kill(os.getpid(), {int(number)})
+        return super().list_arguments()
+x, y = mx.sym.var('x'), mx.sym.var('y')
+run_script(lambda argv: mx.sym.Custom(x, y, op_type='stopped', num_class=3))"""
+    result = run_python('-c', program)
+    assert (result.stdout, result.stderr, result.returncode) == ('', '', status)
+
+
+@pytest.mark.slow
+def test_ignored_signal_stays_ignored():
+    """A shell has Ctrl-C ignored for what runs in the background."""
+    program = f"""{PROGRAM}
+import os, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+run_script(lambda argv: os.kill(os.getpid(), signal.SIGINT))
+print('goes on')"""
+    result = run_python('-c', program)
+    assert (result.stdout, result.stderr, result.returncode) == ('goes on\n', '', 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('unbuffered', [(), ('-u',)])
+def test_nobody_reads_on(unbuffered):
+    """A closed pipe ends a script without a traceback, as a program in C ends."""
+    program = f"{PROGRAM}\nrun_script(lambda argv: print('a line'))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen(
+        [sys.executable, *unbuffered, '-c', program],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env={name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'},
+    ) as process:
+        os.close(writer)
+        _, said = process.communicate(timeout=120)
+    assert (said, process.returncode) == (b'', 128 + signal.SIGPIPE)
+
+
+@pytest.mark.slow
+def test_closed_stdout():
+    program = f"{PROGRAM}\nrun_script(lambda argv: print('a line'))"
+    command = f'exec {sys.executable} -c "$0" >&-'
+    result = subprocess.run(
+        ['sh', '-c', command, program], stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    assert (result.stderr, result.returncode) == ('', 0)
