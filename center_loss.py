@@ -32,9 +32,9 @@ Recognition, ECCV 2016)::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import ctypes
 import math
-from collections.abc import Sequence
 from types import SimpleNamespace
 
 import mxnet as mx
@@ -55,10 +55,11 @@ def memory_view(array: mx.nd.NDArray) -> np.ndarray:
 
 
 class CenterLoss(mx.operator.CustomOp):
-    """Eq. 2 to 4 on one CPU, in O(B d) for any number of classes.
+    """Eq. 2 to 4 on a CPU, in O(B d) for any number of classes.
 
-    NumPy works on the arrays' own memory: with the ``mx.nd`` operations of :class:`CenterLossGPU` a
-    training step of LeNet takes 1.07 times as long at batch 32, and 1.00 at 128.
+    NumPy works on the arrays' own memory. The ``mx.nd`` operations of :class:`CenterLossGPU` take 6
+    times as long at (B, d, K) = (128, 2, 10), 20 times at (256, 512, 1e6), and a step of LeNet at
+    batch 32 takes 1.07 times as long with them.
     """
 
     def __init__(self, num_class: int, alpha: float, factor: float, out_grad: bool):
@@ -81,7 +82,7 @@ class CenterLoss(mx.operator.CustomOp):
                 self._move_centers(classes, centers)
 
     def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
-        """Write the gradient of the embeddings, (B, d). Labels have none: 0."""
+        """Write the gradient of the embeddings, (B, d); labels have none."""
         with np.errstate(over='ignore', invalid='ignore'):
             gradient = self.factor * self.difference
             if self.out_grad:
@@ -111,8 +112,8 @@ class CenterLoss(mx.operator.CustomOp):
 class CenterLossGPU(CenterLoss):
     """The same in ``mx.nd`` operations, without a copy to the host.
 
-    So it cannot raise an error for a label that is no class: the loss of that sample is NaN, its
-    gradient is 0, and it moves no center.
+    So a label that is no class is no error here: the loss of its sample is NaN, its gradient is 0,
+    and it moves no center.
     """
 
     def forward(self, is_train, req, in_data, out_data, aux):
@@ -127,8 +128,8 @@ class CenterLossGPU(CenterLoss):
         loss = 0.5 * mx.nd.sum(difference * difference, axis=1)
         self.assign(out_data[0], req[0], loss / valid)  # 0 / 0 is NaN
         if is_train:
-            # E[i, j] = [y_i = y_j] if j is valid. Row i of E difference / (1 + sum_j E[i, j]) is
-            # the step of the center of sample i. It is the same for all samples of a class, so it
+            # If E[i, j] = [y_i = y_j and j is valid], row i of E difference / (1 + sum_j E[i, j])
+            # is the step of the center of sample i: the same for all samples of its class, so it
             # does not matter which of them the assignment takes.
             same = mx.nd.broadcast_equal(classes.reshape((-1, 1)), classes.reshape((1, -1)))
             same = mx.nd.broadcast_mul(same.astype('float32'), valid.reshape((1, -1)))  # (B, B)
@@ -138,7 +139,7 @@ class CenterLossGPU(CenterLoss):
         self.difference = difference
 
     def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
-        """Write the gradient of the embeddings, (B, d). Labels have none: 0."""
+        """Write the gradient of the embeddings, (B, d); labels have none."""
         gradient = self.factor * self.difference
         if self.out_grad:
             gradient = mx.nd.broadcast_mul(gradient, out_grad[0].reshape((-1, 1)))
@@ -193,17 +194,15 @@ def _check_types(data: type | None, label: type | None) -> None:
 class CenterLossProp(mx.operator.CustomOpProp):
     """The operator ``centerloss``.
 
-    Inputs are ``data`` (B, d), float32, and ``label`` (B,), float32 or an integer type, with whole
-    numbers in [0, K). The output (B,) is 1/2 ||x_i - c_{y_i}||^2, whatever ``scale`` is. The
-    auxiliary state ``NAME_center_bias`` (K, d) holds the centers; MXNet's initializers zero it
-    because of ``bias``. Called imperatively, the operator takes it as third positional argument.
+    Inputs: ``data`` (B, d), float32, and ``label`` (B,), float32 or integers, whole numbers in
+    [0, K). Output: 1/2 ||x_i - c_{y_i}||^2, (B,), whatever ``scale`` is. Auxiliary state: the
+    centers ``NAME_center_bias`` (K, d), which MXNet's initializers zero because of ``bias``. Called
+    imperatively, the operator takes them as third positional argument.
 
     Like SoftmaxOutput it is a loss head: ``scale`` weights its gradient; a factor, ``MakeLoss`` or
     ``BlockGrad`` on its output is ignored. With ``out_grad=True`` the head gradient multiplies the
-    gradient, sample by sample: with autograd use that, ``normalization='null'`` and ``scale`` 1.
-
-    In a Module use ``normalization='null'``: a Module divides gradients by the batch size itself,
-    and 'batch' would divide twice.
+    gradient, sample by sample: with autograd use that and ``normalization='null'``. In a Module,
+    too, use 'null': it divides gradients by the batch size itself, and 'batch' divides again.
 
     Parameters
     ----------
@@ -221,8 +220,7 @@ class CenterLossProp(mx.operator.CustomOpProp):
     Raises
     ------
     ValueError
-        For a parameter, shape, type or, on a CPU, label that does not fit. MXNet prints it and
-        raises an MXNetError of its own.
+        For what does not fit, with its value. MXNet prints it and raises an MXNetError of its own.
 
     Examples
     --------
@@ -356,6 +354,9 @@ class CenterLossBlock(mx.gluon.HybridBlock):
 
     def __init__(self, num_classes: int, dimension: int, alpha: float = 0.5, **kwargs):
         super().__init__(**kwargs)
+        problem = CenterLossProp(num_class=num_classes, alpha=alpha).problem
+        if problem:
+            raise ValueError(f'centerloss: {problem}')
         self.num_classes = num_classes
         self.alpha = alpha
         with self.name_scope():
@@ -380,19 +381,11 @@ class CenterLossBlock(mx.gluon.HybridBlock):
 
 
 class _MeanOverImages(mx.metric.EvalMetric):
-    """The mean over images of what :meth:`per_image` computes.
+    """Mean of ``per_image`` over the images since ``reset_local``, or ``reset`` if global."""
 
-    ``reset_local`` begins a new mean for ``get``; that of ``get_global`` goes on until ``reset``.
-    """
+    names = ()  # by default: of the metric, its output and its label
 
-    names = ()  # by default, of the metric, its output and its label
-
-    def __init__(
-        self,
-        name: str | None = None,
-        output_names: Sequence[str] | None = None,
-        label_names: Sequence[str] | None = None,
-    ):
+    def __init__(self, name=None, output_names=None, label_names=None):
         metric, output, label = self.names
         outputs, labels = list(output_names or [output]), list(label_names or [label])
         super().__init__(name or metric, outputs, labels, has_global_stats=True)

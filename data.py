@@ -7,10 +7,10 @@ Checksums are those of the decompressed files, so that any container of the same
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +98,7 @@ class Digits(NamedTuple):
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--dataset``, ``--data-dir`` and ``--validate-on``."""
+    """Declare ``--dataset`` and ``--data-dir``."""
     group = parser.add_argument_group('data')
     group.add_argument(
         '--dataset',
@@ -112,13 +112,6 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='DIR',
         help='folder of the four IDX files, .gz or not, of any image size and up to 256 classes; '
         'nothing is downloaded then (without it: data/<dataset>/, else a download to there)',
-    )
-    group.add_argument(
-        '--validate-on',
-        choices=['test', 'held-out'],
-        default='test',
-        help='images to validate on: the test images, or, to choose options by, a sixth of the '
-        'training images, the same for every --seed, which are not trained on',
     )
 
 

@@ -20,16 +20,15 @@ its embeddings.
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 import functools
 import inspect
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
 
-import center_loss  # noqa: F401  (registers the operator)
-import data
 from common.environment import ROLE, mx
+import center_loss  # noqa: F401  (registers the operator)
 from common import vectorized
 from common.checkpoints import Checkpoints
 from common.command_line import ArgumentParser, number, run_script
@@ -38,6 +37,7 @@ from common.distributed import serve
 from common.launcher import run_workers
 from common.start import describe_saved
 from common.training_options import add_training_arguments
+import data
 from train_model import fit
 
 NUM_CLASSES = 10
@@ -246,6 +246,13 @@ def parse_args(argv: Sequence[str] = ()) -> argparse.Namespace:
         epilog=recipe_table(),
     )
     data.add_data_arguments(parser)
+    parser.add_argument(
+        '--validate-on',
+        choices=['test', 'held-out'],
+        default='test',
+        help='images to validate on: the test images, or, to choose options by, a sixth of the '
+        'training images, the same for every --seed, which are not trained on',
+    )
     parser.add_argument(
         '--num-examples',
         type=number(int, minimum=1),

@@ -5,12 +5,12 @@ nothing of the network and of the data but what it is given.
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 import contextlib
 import inspect
 import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ from common.start import (
     share_start,
     warn_of_changes,
 )
+from common.versions import versions
 
 LOG_EVERY = 50  # batches between two lines of the log
 
@@ -196,6 +197,9 @@ def fit(
             **{'num_workers': kv.num_workers, 'batches_per_epoch': num_batches},
         }
         options = json.loads(json.dumps(options))
+        logging.info(
+            'versions: %s', ', '.join(f'{name} {value}' for name, value in versions().items())
+        )
         logging.info('start with arguments %s', argparse.Namespace(**{**(record or {}), **options}))
         warn_of_changes(start, options)
         if kv.num_workers > 1:

@@ -27,26 +27,26 @@ share of the pairs of one class within the distance that 1% of the pairs of two 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import itertools
 import logging
 import math
+from pathlib import Path
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-import data
 from common import pictures
 from common.checkpoints import Checkpoints
 from common.command_line import ArgumentParser, number, run_script
 from common.errors import InputError
 from common.evaluation import FALSE_ACCEPTS, center_loss_weight, embed, evaluate
 from common.log_reader import METRICS, read_log, validation_images
+import data
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,10 +7,10 @@ runs for minutes or crashes. Its writer does not notice a full disk, and each us
     array   magic u32, [storage i32,] ndim u32, shape i64, device 2 x i32, type i32, values
 """
 
+from collections.abc import Iterator, Mapping
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
 
 import numpy as np
 

@@ -1,7 +1,7 @@
 """Weights averaged over the steps of a run."""
 
-import contextlib
 from collections.abc import Iterator
+import contextlib
 
 from common.environment import mx
 from common.array_file import tagged, untagged

@@ -1,15 +1,15 @@
 """The files of checkpoints: their names, a lock on them, and reading and writing them safely."""
 
+from collections.abc import Iterable, Iterator
 import contextlib
 import errno
 import fcntl
 import hashlib
 import itertools
 import os
+from pathlib import Path
 import re
 import stat
-from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from common.errors import InputError
 from common.files import temporary_path

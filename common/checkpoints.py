@@ -11,11 +11,11 @@ temporary names, synced and renamed; what had their names before goes where :met
 is asked to remove it, and is otherwise kept under another prefix.
 """
 
+from collections.abc import Iterable, Mapping
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from common.environment import mx

@@ -1,13 +1,15 @@
 """What the command lines share: the parser, types for its options, and how a script ends."""
 
 import argparse
+from collections.abc import Callable, Sequence
+import contextlib
+import io
 import math
 import os
+from pathlib import Path
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from common.environment import mx
 from common.errors import Failure, InputError, Terminated
@@ -58,6 +60,27 @@ def number(
     return parse
 
 
+class LossyStream:
+    """A stream that drops what it cannot write: a lost terminal or reader stops no script."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream or io.StringIO()  # None: it was closed from the start
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write the text if it can be written."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be written."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
 def run_script(main: Callable[[Sequence[str]], None]) -> None:
     """Run ``main(sys.argv[1:])`` as a script.
 
@@ -77,12 +100,9 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(signal_number) != signal.SIG_IGN:
             signal.signal(signal_number, interrupt)
+    sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
     try:
         main(sys.argv[1:])
-        print(end='', flush=True)
-    except BrokenPipeError:  # nobody reads on, as in `python train.py --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        sys.exit(128 + signal.SIGPIPE)
     except Failure as failure:
         print(f'{Path(sys.argv[0]).name}: error: {failure}', file=sys.stderr)
         sys.exit(failure.exit_status)

@@ -6,18 +6,18 @@ takes its kvstore from :func:`connected`; a scheduler or a server calls :func:`s
 """
 
 import argparse
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import ctypes
 import json
 import logging
 import os
+from pathlib import Path
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 

@@ -1,11 +1,11 @@
 """Downloads over TLS that are checked before use and given up in time."""
 
+from collections.abc import Callable
 import logging
+from pathlib import Path
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urljoin, urlsplit
 

@@ -8,8 +8,8 @@ them in place first. ``center_loss.py`` needs none of this and imports MXNet its
 import atexit
 import contextlib
 import os
-import warnings
 from pathlib import Path
+import warnings
 
 import numpy as np
 
@@ -31,6 +31,14 @@ def available_cpus() -> int:
             return max(1, min(cpus, quota // period))
     return cpus
 
+
+# A closed stdin, stdout or stderr would be the number of the next file that is opened, and messages
+# that MXNet prints would end up in that file.
+for _descriptor in (0, 1, 2):
+    try:
+        os.fstat(_descriptor)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 # MXNet 1.9.1 uses aliases that NumPy 1.24 removed.
 for _alias, _type in (('bool', bool), ('int', int), ('float', float), ('object', object)):

@@ -9,9 +9,11 @@ import numpy as np
 from common.environment import mx
 from common.checkpoints import Checkpoints
 from common.errors import InputError
+from common.symbol_file import parameter_mismatches
 
 VERIFIED_IMAGES = 4000  # 8 million pairs: all test images of four digits
 FALSE_ACCEPTS = 0.01
+MAX_VALUES = 2**31  # of all layers for one batch: what a network of another program may allocate
 
 
 class ClusterStatistics(NamedTuple):
@@ -133,10 +135,18 @@ def embed(
         outputs = mx.sym.Group(
             [layers['embedding_output'], layers['softmax_output'].get_children()[0]]
         )
+        shapes = {'data': (batch_size, 1, height, width)}
+        if any(
+            why != 'which the network does not have'
+            for _, why in parameter_mismatches(
+                outputs, shapes, arg_params, aux_params, max_values=MAX_VALUES
+            )
+        ):
+            raise ValueError
         module = mx.mod.Module(outputs, label_names=None, context=mx.cpu())
         # Bound for inference, MXNet would fuse a convolution with its tanh; for 20 and 50 channels
         # that takes twice as long.
-        module.bind([('data', (batch_size, 1, height, width))], for_training=True)
+        module.bind(list(shapes.items()), for_training=True)
         module.set_params(arg_params, aux_params, allow_extra=True)
     except (mx.MXNetError, RuntimeError, ValueError, TypeError):
         raise InputError(

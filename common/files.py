@@ -1,8 +1,8 @@
 """Files that are written whole or not at all."""
 
+from collections.abc import Iterator
 import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 

@@ -4,10 +4,10 @@ import gzip
 import hashlib
 import math
 import os
+from pathlib import Path
 import stat
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 

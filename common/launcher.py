@@ -1,5 +1,6 @@
 """Starts a distributed run on this machine: workers, with a scheduler and a server for them."""
 
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import os
 import signal
@@ -7,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
 
 from common.environment import THREADS_CHOSEN_BY_USER, available_cpus
 from common.distributed import node_timeout

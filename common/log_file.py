@@ -1,12 +1,12 @@
 """The log of a run: line by line to a file and to stderr."""
 
+from collections.abc import Callable, Iterator
 import contextlib
 import logging
 import logging.handlers
 import os
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
+import sys
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 

@@ -1,7 +1,7 @@
 """The numbers in the logs of train.py."""
 
-import re
 from pathlib import Path
+import re
 
 from common.errors import InputError
 

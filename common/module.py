@@ -1,7 +1,7 @@
 """A Module for networks with center losses, on several devices and workers."""
 
-import json
 from collections.abc import Iterable
+import json
 
 import numpy as np
 

@@ -1,7 +1,7 @@
 """Watching over a training run: its progress on a terminal, and whether it diverged."""
 
-import math
 from collections.abc import Iterable
+import math
 
 import numpy as np
 from tqdm import tqdm

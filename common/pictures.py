@@ -6,12 +6,12 @@ nothing changes for a program that uses pyplot itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import functools
 import os
-import subprocess
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+import subprocess
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 

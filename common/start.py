@@ -1,9 +1,9 @@
 """Where a run begins: at its beginning, at a checkpoint to resume, or at one to load."""
 
+from collections.abc import Sequence
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from common.environment import mx

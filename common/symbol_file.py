@@ -6,12 +6,12 @@ their memory. Ordinary layers, arithmetic, changes of shape and the center loss 
 MXNet is given only what has been checked, not the file.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
 import hashlib
 import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
 
 from common.environment import mx
 from center_loss import CenterLossProp  # noqa: F401  (registers the operator)

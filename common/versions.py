@@ -3,8 +3,8 @@
 import functools
 import hashlib
 import os
-import platform
 from pathlib import Path
+import platform
 
 import numpy as np
 

@@ -2,17 +2,17 @@
 
 import functools
 import os
+from pathlib import Path
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 
-import data
 from common.environment import mx
 from common.checkpoints import Checkpoints
 from common.module import Module
+import data
 from train_model import fit
 
 ROOT = Path(__file__).resolve().parent.parent

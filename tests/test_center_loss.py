@@ -1,8 +1,8 @@
 """The operator against Eq. 2 to 4 in float64, the Gluon block, and the metrics against counting."""
 
 import ast
-import warnings
 from pathlib import Path
+import warnings
 
 import numpy as np
 import pytest

@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, run_python
 
 from common.command_line import ArgumentParser, number, run_script
 from common.errors import Failure, InputError
 from common.monitoring import Diverged
+from helpers import ROOT, run_python
 
 PROGRAM = f"""
 import sys

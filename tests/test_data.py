@@ -6,22 +6,22 @@ import gzip
 import io
 import logging
 import os
+from pathlib import Path
 import re
 import resource
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+import numpy as np
 from PIL import Image
+import pytest
 
-import data
 from common.environment import mx
 from common.errors import InputError
+import data
 from data import FILES, DualLabelIter, DualLabelWrapper, load_digits, mnist_iterator, read_idx
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,16 +3,23 @@
 import contextlib
 import json
 import os
+from pathlib import Path
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+
+from common.environment import ROLE, mx
+from common import distributed, launcher
+from common.checkpoints import Checkpoints
+from common.errors import InputError
+from common.module import Module
+import data
 from helpers import (
     ROOT,
     run_python,
@@ -22,14 +29,7 @@ from helpers import (
     small_network,
     train_small,
 )
-
-import data
 import train
-from common.environment import ROLE, mx
-from common import distributed, launcher
-from common.checkpoints import Checkpoints
-from common.errors import InputError
-from common.module import Module
 
 pytestmark = pytest.mark.usefixtures('in_own_folder')
 

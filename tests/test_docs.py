@@ -2,17 +2,17 @@
 
 import importlib
 import importlib.util
+from pathlib import Path
 import re
 import shlex
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import train
-import vis
 from common.environment import mx
 from common.command_line import ArgumentParser
+import train
+import vis
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -101,6 +101,15 @@ def test_command_parses(command, monkeypatch):
         assert importlib.util.find_spec(command[1])
     elif command[0] != '-c':
         assert (ROOT / command[0]).is_file()
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_options_exist(page):
+    sources = [*ROOT.glob('*.py'), *(ROOT / 'common').glob('*.py'), *(ROOT / 'tools').glob('*.py')]
+    declared = {name for path in sources for name in re.findall(r"'(--[\w-]+)'", path.read_text())}
+    declared |= {'--help'}
+    gone = {'--parts'}  # of c9a6961, in changes.md
+    assert {*re.findall(r'(?<![\w-])--[a-z][\w-]+', page.read_text())} <= declared | gone
 
 
 def test_tools_are_documented():

@@ -7,18 +7,18 @@ import http.server
 import logging
 import multiprocessing
 import os
+from pathlib import Path
 import re
 import socket
 import socketserver
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
-import data
 from common import download as download_module
 from common.errors import InputError
+import data
 from data import FILES, load_digits
 
 SAMPLE = Path(__file__).resolve().parent.parent / 'data' / 'mnist-5k'

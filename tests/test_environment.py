@@ -3,10 +3,10 @@
 import os
 
 import pytest
-from helpers import ROOT, run_python
 
 import common.environment
 from common.environment import available_cpus
+from helpers import ROOT, run_python
 
 CHOSEN = ('MXNET_ENGINE_TYPE', 'OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'DMLC_ROLE')
 

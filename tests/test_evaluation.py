@@ -5,9 +5,6 @@ import math
 import numpy as np
 import pytest
 
-import data
-import train
-import vis
 from common.environment import mx
 from common.checkpoints import Checkpoints
 from common.errors import InputError
@@ -19,6 +16,9 @@ from common.evaluation import (
     verification,
     verify_unseen,
 )
+import data
+import train
+import vis
 
 pytestmark = pytest.mark.filterwarnings('error::RuntimeWarning')
 

@@ -2,9 +2,9 @@
 
 import logging
 import os
+from pathlib import Path
 import re
 import tempfile
-from pathlib import Path
 
 import pytest
 

@@ -2,6 +2,16 @@
 
 import numpy as np
 import pytest
+
+from common.environment import mx
+from common.module import (
+    MAX_GROUPED_SIZE,
+    Module,
+    find_center_losses,
+    merge_class_sums,
+    read_rows,
+    write_rows,
+)
 from helpers import (
     LABELS,
     ROOT,
@@ -14,17 +24,7 @@ from helpers import (
     small_data,
     small_network,
 )
-
 import train
-from common.environment import mx
-from common.module import (
-    MAX_GROUPED_SIZE,
-    Module,
-    find_center_losses,
-    merge_class_sums,
-    read_rows,
-    write_rows,
-)
 
 CENTERS = 'center_loss_center_bias'
 

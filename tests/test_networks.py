@@ -1,13 +1,13 @@
 """LeNet and LeNet++: shapes, what they compute, and their vectorized forms."""
 
 import numpy as np
-import pytest
-from helpers import digits
 from numpy.lib.stride_tricks import sliding_window_view
+import pytest
 
-import train
 from common.environment import mx
 from common import vectorized
+from helpers import digits
+import train
 
 LENET = {
     'conv1_weight': (20, 1, 5, 5),

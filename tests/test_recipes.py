@@ -5,11 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from helpers import digits, make_module, numpy_params, saved_params, small_network, train_small
 
-import train
 from common.environment import mx
 from common.errors import InputError
+from helpers import digits, make_module, numpy_params, saved_params, small_network, train_small
+import train
 from train_model import independent_seed
 
 RECIPES = {

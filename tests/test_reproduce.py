@@ -2,23 +2,23 @@
 
 import json
 import os
+from pathlib import Path
 import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, run_python
 
-import data
-import train
-import vis
 from common.checkpoints import Checkpoints
 from common.errors import InputError
 from common.evaluation import cluster_statistics, embed
+import data
+from helpers import ROOT, run_python
 from tools import experiments, reproduce
+import train
+import vis
 
 REPRODUCE = ['-m', 'tools.reproduce']
 SMALL = ['--dataset=mnist-5k', '--num-epochs=1', '--num-examples=500', '--seeds=1', '--only=ring']

@@ -1,19 +1,19 @@
 """The programs of tools/: each one's help, and what they measure, in tiny runs."""
 
 import json
+from pathlib import Path
 import re
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, run_python
 
-import train
 from common.environment import mx
+from helpers import ROOT, run_python
 from tools import benchmark, benchmark_devices, benchmark_torch, many_classes
 from tools.measuring import Report, Training, TrainingProcess
 from tools.operator_forms import with_operator
+import train
 
 PROGRAMS = ['benchmark', 'benchmark_devices', 'benchmark_torch', 'many_classes', 'reproduce']
 

@@ -4,23 +4,23 @@ import contextlib
 import fcntl
 import json
 import os
+from pathlib import Path
 import pty
 import re
 import struct
 import subprocess
 import sys
 import termios
-from pathlib import Path
 
 import pytest
-from helpers import ROOT, epoch_lines, logged, run_train, saved_params
 
-import train
 from common.environment import mx
 from common.checkpoints import Checkpoints
 from common.command_line import run_script
 from common.devices import check_equal_shares, choose_devices
 from common.errors import InputError
+from helpers import ROOT, epoch_lines, logged, run_train, saved_params
+import train
 
 QUICK = ['--dataset=mnist-5k', '--num-examples=200', '--num-epochs=1', '--batch-size=50']
 

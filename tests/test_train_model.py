@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+from pathlib import Path
 import re
 import resource
 import shutil
@@ -11,10 +12,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+
+from common.environment import mx
+from common.averaging import Average
+from common.checkpoints import Checkpoints
+from common.errors import InputError
+from common.module import Module
+from common.monitoring import Diverged
+import data
 from helpers import (
     LABELS,
     NUM_BATCHES,
@@ -32,16 +40,8 @@ from helpers import (
     small_network,
     train_small,
 )
-
-import data
 import train
 import train_model
-from common.environment import mx
-from common.averaging import Average
-from common.checkpoints import Checkpoints
-from common.errors import InputError
-from common.module import Module
-from common.monitoring import Diverged
 from train_model import count_batches, fit, lr_schedule
 
 pytestmark = pytest.mark.usefixtures('in_own_folder')
@@ -83,8 +83,8 @@ def test_same_seed_same_run(uninterrupted):
         {},
         {'average_weights': 0.3},
         {'optimizer': 'adam', 'lr': 0.01},
-        {'optimizer': 'nag', 'average_weights': 1},
-        {'momentum': 0},
+        pytest.param({'optimizer': 'nag', 'average_weights': 1}, marks=pytest.mark.slow),
+        pytest.param({'momentum': 0}, marks=pytest.mark.slow),
     ],
     ids=lambda options: '-'.join(map(str, options.values())) or 'sgd',
 )
@@ -177,6 +177,7 @@ def test_new_run_replaces_the_old(caplog):
     assert not list(Path().glob('run-0003*'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('keep', [1, 2, 4, 9])
 def test_keep_checkpoints(keep):
     """Only those of this run count, also when it is resumed; an earlier run's go at once."""
@@ -496,6 +497,7 @@ def test_average_is_more_accurate():
 # ---- validation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('batch_size, average', [(50, 0), (50, 0.5), (64, 0), (1000, 0)])
 def test_validation_is_of_the_saved_weights(batch_size, average):
     """LeNet in the form that is bound; 50 and 1000 divide the 1,000 images, 64 does not.
@@ -676,6 +678,7 @@ def test_network_is_saved_and_compute_network_bound():
     assert [node['name'] for node in nodes[0]] == [node['name'] for node in nodes[1]]
 
 
+@pytest.mark.slow
 def test_compute_network_trains_alike():
     """The plain network and the one that is bound in its place give the same weights."""
     for name, compute_network in (('plain', None), ('fast', train.get_symbol(vectorized=True))):
@@ -753,6 +756,7 @@ def test_collapse_is_not_saved():
     assert {path.name: path.read_bytes() for path in Path().glob('run*')} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('initializer', train.INITIALIZERS)
 def test_untrained_is_no_collapse(initializer):
     train_small(
@@ -765,7 +769,7 @@ def test_untrained_is_no_collapse(initializer):
     assert Checkpoints('run').epochs() == [1]
 
 
-@pytest.mark.parametrize('averaged', [0, 0.1])
+@pytest.mark.parametrize('averaged', [0, pytest.param(0.1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     'name, place, wrong',
     [

@@ -3,29 +3,29 @@
 import itertools
 import logging
 import os
+from pathlib import Path
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import matplotlib
+from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 import pytest
 import seaborn
-from helpers import ROOT, logged, run_python
-from matplotlib.figure import Figure
-from PIL import Image
 from test_evaluation import embed_by_hand, network, save_untrained, statistics_by_hand
 
-import data
-import train
-import vis
 from common.environment import mx
 from common import pictures
 from common.errors import Failure, InputError
 from common.evaluation import verify_unseen
 from common.log_reader import read_log, validation_images
+import data
+from helpers import ROOT, logged, run_python
+import train
+import vis
 
 pytestmark = pytest.mark.filterwarnings('error::RuntimeWarning')
 

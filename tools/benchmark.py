@@ -11,18 +11,18 @@ another. PyTorch is compared where it is installed (``pip install torch``).
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 import contextlib
 import functools
 import importlib.util
 import json
 import logging
+from pathlib import Path
 import re
 import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from unittest import mock
 
 import numpy as np

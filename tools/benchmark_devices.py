@@ -11,13 +11,13 @@ The variants take turns, and the ratios count. CPU contexts share the cores of o
 show that nothing is lost, not what several GPUs gain.
 """
 
+from collections.abc import Sequence
 import os
+from pathlib import Path
 import re
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 

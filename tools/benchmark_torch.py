@@ -7,10 +7,10 @@ included, as a careful PyTorch user would write it: no Python per sample. The nu
 OMP_NUM_THREADS.
 """
 
+from collections.abc import Callable, Sequence
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
 
 import numpy as np
 

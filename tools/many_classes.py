@@ -12,12 +12,12 @@ a step with and without center loss.
 """
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 

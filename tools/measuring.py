@@ -1,13 +1,13 @@
 """What the benchmarks share: interleaved variants, training steps, and processes to compare."""
 
+from collections.abc import Callable, Sequence
 import itertools
 import os
+from pathlib import Path
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 

@@ -12,18 +12,18 @@ continues those that were interrupted. A run keeps its newest checkpoint, the an
 """
 
 import argparse
+from collections.abc import Sequence
 import concurrent.futures
 import functools
 import itertools
 import json
 import os
+from pathlib import Path
 import re
 import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 

@@ -10,8 +10,10 @@ still importing may end with Python's own traceback.
 """
 
 import collections
+from collections.abc import Sequence
 import itertools
 import os
+from pathlib import Path
 import random
 import re
 import signal
@@ -19,8 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 

@@ -3,13 +3,13 @@
 python tests/stress/flip_bits.py --flips 200
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 import random
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 

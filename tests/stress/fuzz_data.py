@@ -5,13 +5,13 @@ python tests/stress/fuzz_data.py --files 20000
 
 import collections
 import gzip
+from pathlib import Path
 import random
 import re
 import resource
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm

@@ -8,13 +8,13 @@ next begins in an empty folder. After every kill each checkpoint but an unfinish
 whole, no resume may fail, and a run that finishes leaves no temporary file behind.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -55,7 +55,11 @@ def count_damaged(folder):
 def run(folder, seconds=None):
     """Train or continue, and kill it after so many seconds: whether it has finished by then."""
     process = subprocess.Popen(
-        [*COMMAND, '--resume'], cwd=folder, stderr=subprocess.PIPE, text=True
+        [*COMMAND, '--resume'],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         _, stderr = process.communicate(timeout=seconds)
