@@ -22,7 +22,8 @@ def versions() -> dict[str, str]:
     root = Path(__file__).resolve().parent.parent
     sources = sorted([*root.glob('*.py'), *root.glob('common/*.py')])
     program = hashlib.sha256(b''.join(path.read_bytes() for path in sources))
-    flags = Path('/proc/cpuinfo').read_text().split()
+    cpuinfo = Path('/proc/cpuinfo')
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
     return {
         'program': program.hexdigest()[:12],
         'python': platform.python_version(),

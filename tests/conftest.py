@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 
@@ -18,9 +19,11 @@ def in_own_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def restore_signals():
-    """Put back the handlers that run_script leaves for a process to end with."""
+def restore_process(monkeypatch):
+    """Put back what run_script changes for good: signal handlers, stdout and stderr."""
     before = [(kind, signal.getsignal(kind)) for kind in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(sys, 'stdout', sys.stdout)
+    monkeypatch.setattr(sys, 'stderr', sys.stderr)
     yield
     for kind, handler in before:
         signal.signal(kind, handler)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from common.command_line import ArgumentParser, number, run_script
 from common.errors import Failure, InputError
 from common.monitoring import Diverged
 from helpers import ROOT, run_python
+
+pytestmark = pytest.mark.usefixtures('in_own_folder')
 
 PROGRAM = f"""
 import sys
@@ -106,7 +109,7 @@ def test_help_shows_defaults(capsys):
         (SystemExit(7), 7, ''),
     ],
 )
-def test_run_script(error, status, said, restore_signals, monkeypatch, capsys):
+def test_run_script(error, status, said, restore_process, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['some/tool.py', '--a', 'b'])
 
     def main(argv):
@@ -124,7 +127,7 @@ def test_run_script(error, status, said, restore_signals, monkeypatch, capsys):
     assert shown.startswith(said) and shown.count('\n') <= 1
 
 
-def test_bugs_show_a_traceback(restore_signals, monkeypatch):
+def test_bugs_show_a_traceback(restore_process, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run_script(lambda argv: 1 / 0)
 
@@ -177,27 +180,47 @@ print('goes on')"""
 
 @pytest.mark.slow
 @pytest.mark.parametrize('unbuffered', [(), ('-u',)])
-def test_nobody_reads_on(unbuffered):
-    """A closed pipe ends a script without a traceback, as a program in C ends."""
-    program = f"{PROGRAM}\nrun_script(lambda argv: print('a line'))"
+@pytest.mark.parametrize('stream', ['stdout', 'stderr'])
+def test_nobody_reads_on(stream, unbuffered):
+    """What follows is done, without a traceback."""
+    program = f"""{PROGRAM}
+def main(argv):
+    for _ in range(3):
+        print('a line', file=sys.stdout)
+        print('a line', file=sys.stderr)
+    open('done', 'w').close()
+    raise Failure('no luck')
+run_script(main)"""
     reader, writer = os.pipe()
     os.close(reader)
+    streams = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, stream: writer}
+    environment = {name: os.environ[name] for name in os.environ if name != 'PYTHONUNBUFFERED'}
     with subprocess.Popen(
-        [sys.executable, *unbuffered, '-c', program],
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        env={name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'},
+        [sys.executable, *unbuffered, '-c', program], **streams, env=environment, text=True
     ) as process:
         os.close(writer)
-        _, said = process.communicate(timeout=120)
-    assert (said, process.returncode) == (b'', 128 + signal.SIGPIPE)
+        out, said = process.communicate(timeout=120)
+    assert process.returncode == 1 and os.path.exists('done')
+    if stream == 'stdout':
+        assert said == 'a line\n' * 3 + '-c: error: no luck\n'
+    else:
+        assert out == 'a line\n' * 3
 
 
 @pytest.mark.slow
-def test_closed_stdout():
-    program = f"{PROGRAM}\nrun_script(lambda argv: print('a line'))"
-    command = f'exec {sys.executable} -c "$0" >&-'
-    result = subprocess.run(
-        ['sh', '-c', command, program], stderr=subprocess.PIPE, text=True, timeout=120
-    )
-    assert (result.stderr, result.returncode) == ('', 0)
+@pytest.mark.parametrize('closed', ['>&-', '2>&-', '<&- >&- 2>&-'])
+def test_closed_streams(closed):
+    """Files that are opened do not take their places."""
+    program = f"""{PROGRAM}
+def main(argv):
+    with open('file', 'w') as file:
+        print('a line')
+        print('a line', file=sys.stderr)
+        os.write(2, b'from MXNet')
+        file.write('its own')
+import os
+run_script(main)"""
+    command = f'exec {sys.executable} -c "$0" {closed}'
+    result = subprocess.run(['sh', '-c', command, program], capture_output=True, timeout=120)
+    assert result.returncode == 0
+    assert Path('file').read_text() == 'its own'

@@ -375,7 +375,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize('options', MISTAKES)
-def test_mistake(options, in_own_folder, restore_signals, monkeypatch, capsys):
+def test_mistake(options, in_own_folder, restore_process, monkeypatch, capsys):
     """One sentence, exit status 2, and nothing is touched."""
     line = options.split(' ')
     if '--data' not in options:

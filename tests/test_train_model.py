@@ -33,6 +33,7 @@ from helpers import (
     epoch_lines,
     logged,
     numpy_params,
+    run_python,
     run_train,
     saved_params,
     saved_state,
@@ -851,6 +852,25 @@ def small_disk(tmp_path):
         subprocess.run(['umount', folder], check=True)
 
 
+def fill(disk):
+    (disk / 'rest').write_bytes(bytes(8))
+    with contextlib.suppress(OSError), open(disk / 'rest', 'ab', 0) as rest:
+        while True:
+            rest.write(bytes(4096))
+
+
+def test_log_on_a_full_disk(small_disk, capsys):
+    """It is reported once, and training goes on."""
+    disk, _ = small_disk
+    fill(disk)
+    train_small(num_epochs=2, log_dir=str(disk))
+    said = capsys.readouterr().err
+    assert said.count('cannot write the log file') == 1
+    assert 'log.txt ([Errno 28] No space left on device): training goes on without it' in said
+    assert 'Traceback' not in said and 'Logging error' not in said
+    assert Checkpoints('run').epochs() == [1, 2]
+
+
 @pytest.mark.slow
 def test_full_disk(small_disk):
     """The last whole checkpoint stays, and the run goes on when there is room."""
@@ -866,10 +886,7 @@ def test_full_disk(small_disk):
     assert 'Traceback' not in result.stderr and 'Logging error' not in result.stderr
     names = {path.name for path in disk.iterdir()}
     assert not [name for name in names if '0002' in name] and 'center_loss-0001.params' in names
-    (disk / 'rest').write_bytes(bytes(8))
-    with contextlib.suppress(OSError), open(disk / 'rest', 'ab', 0) as rest:
-        while True:
-            rest.write(bytes(4096))
+    fill(disk)
     result = run_train(*line, '--resume', cwd=disk)
     assert result.returncode == 2 and 'Traceback' not in result.stderr
     assert re.search('No space left on device|disk is full', result.stderr)
@@ -968,3 +985,19 @@ def test_trained_module_is_returned():
     assert module.validation_scores['accuracy'] == pytest.approx(
         logged(r'Epoch\[2\] Validation-accuracy')[0], abs=1e-6
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'line, said',
+    [
+        ('exit_cleanly.py --runs 7', r'runs: 7 in \d+ s, wrong: 0'),
+        ('kill_at_random.py --kills 4 --seed 1', r'kills: 4 in .* damaged checkpoints: 0, '),
+    ],
+)
+def test_stress(line, said):
+    """A few of what these programs do many times."""
+    name, *options = line.split()
+    result = run_python(ROOT / 'tests' / 'stress' / name, *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(said, result.stdout)
