@@ -251,12 +251,7 @@ def test_impossible_batches_are_refused(options, message):
 def test_data_arguments():
     parser = argparse.ArgumentParser()
     data.add_data_arguments(parser)
-    assert vars(parser.parse_args([])) == {
-        'dataset': 'auto',
-        'data_dir': None,
-        'validate_on': 'test',
-    }
-    assert parser.parse_args(['--validate-on=held-out']).validate_on == 'held-out'
+    assert vars(parser.parse_args([])) == {'dataset': 'auto', 'data_dir': None}
 
 
 def test_training_through_a_module():

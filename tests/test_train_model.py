@@ -475,6 +475,24 @@ def test_average_is_saved(share, uninterrupted, monkeypatch):
             np.testing.assert_array_equal(state[f'last:{kind}:{name}'], alone[name], err_msg=name)
 
 
+def test_average_is_of_its_step(monkeypatch):
+    """Although MXNet computes it later than the step after it."""
+    options = {'num_epochs': 1, 'num_examples': 250, 'average_weights': 1}
+    train_small(save_model_prefix='expected', **options)
+
+    class Late(Average):
+        def __call__(self, param):
+            large = mx.nd.ones((1000, 1000))
+            zero = (mx.nd.dot(large, large) * 0).sum()  # takes longer than a step
+            for name, array in self.arrays.items():
+                self.arrays[name] = mx.nd.broadcast_add(array, zero)
+            super().__call__(param)
+
+    monkeypatch.setattr(train_model, 'Average', Late)
+    train_small(**options)
+    assert_same_checkpoints('run', 'expected', [1])
+
+
 @pytest.mark.slow
 def test_average_is_more_accurate():
     """While the learning rate is high."""
