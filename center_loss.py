@@ -20,7 +20,8 @@ Recognition, ECCV 2016)::
       np.bool, np.int, np.float, np.object = bool, int, float, object
 
 * Call ``mx.nd.waitall()`` before the program ends. MXNet's exit handler stops the threads that run
-  operators written in Python; one that is still running would wait for ever.
+  operators written in Python; one that is still running would wait for ever. (With the engine
+  ``ThreadedEngine`` delete the Module first: at exit MXNet may abort while it frees operators.)
 * The centers move in the training forward, as the moving averages of a BatchNorm, and MXNet
   computes asynchronously: as with any auxiliary state, read the operator's output before you read
   the centers. :class:`CenterLossMetric` does; a metric of the softmax alone does not.

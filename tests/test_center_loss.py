@@ -548,6 +548,13 @@ def test_block_raises_for_a_wrong_type(data, label, problem):
         block()(mx.nd.ones((4, 2), dtype=data), mx.nd.zeros(4, dtype=label))
 
 
+def test_block_raises_for_a_wrong_parameter():
+    with pytest.raises(ValueError, match='alpha=2 is not a number from 0 to 1'):
+        CenterLossBlock(3, 2, alpha=2)
+    with pytest.raises(ValueError, match='num_class=0 is not a whole number above 0'):
+        CenterLossBlock(0, 2)
+
+
 @pytest.mark.parametrize('hybridize', [False, True])
 @pytest.mark.parametrize('label, shown', NO_CLASS)
 def test_block_raises_for_an_invalid_label(label, shown, hybridize):
