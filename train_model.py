@@ -172,7 +172,8 @@ def fit(
             earlier = checkpoints.epochs()
             source = Checkpoints(model_prefix or save_model_prefix)
             start = find_start(checkpoints, source, load_epoch, resume, num_epochs)
-            saved_epochs += [epoch for epoch in earlier if start.resumed and epoch <= start.epoch]
+            first_epoch = start.options.get('first_epoch', 0) if start.resumed else start.epoch
+            saved_epochs += [epoch for epoch in earlier if first_epoch < epoch <= start.epoch]
 
         # The data, and how much there is of it.
         if callable(data):
@@ -182,10 +183,8 @@ def fit(
         check_divisible(val, len(devices))
         if kv.rank == 0:
             start = match_parameters(start, network, train)
-        if kv.num_workers > 1:
-            start = share_start(kv, start)
-        if start.epoch:
-            begin_at_epoch(train, start.epoch)
+        start = share_start(kv, start)
+        begin_at_epoch(train, start.epoch)
 
         # What determines the result. Workers have to agree on it, and a continuation is compared.
         options = {
@@ -197,16 +196,13 @@ def fit(
             **{'num_workers': kv.num_workers, 'batches_per_epoch': num_batches},
         }
         options = json.loads(json.dumps(options))
-        logging.info(
-            'versions: %s', ', '.join(f'{name} {value}' for name, value in versions().items())
-        )
+        logging.info('versions: %s', json.dumps(versions()))
         logging.info('start with arguments %s', argparse.Namespace(**{**(record or {}), **options}))
         warn_of_changes(start, options)
         if kv.num_workers > 1:
             check_agreement(kv, options)
 
         mx.random.seed(independent_seed(seed))
-        np.random.seed(seed)
         module = Module(
             network if compute_network is None else compute_network,
             initial_state=start.optimizer_state,
@@ -214,7 +210,6 @@ def fit(
             label_names=[desc.name for desc in train.provide_label],
             context=devices,
         )
-        module.validation_scores = {}
         average = Average(average_weights if kv.rank == 0 else 0, module, start.average)
 
         def finish_epoch(epoch, symbol, *params_of_last_step):
@@ -236,7 +231,8 @@ def fit(
                     arrays = itertools.chain(params[0].items(), params[1].items(), state.items())
                     check_not_diverged(where, scores, difference, arrays)
                     state.update({f'last:{name}': array for name, array in last.items()})
-                    checkpoints.save(epoch + 1, network, *params, state, options, remove=outdated())
+                    kept = {**options, 'first_epoch': first_epoch}  # what lies before is not ours
+                    checkpoints.save(epoch + 1, network, *params, state, kept, remove=outdated())
                 module.validation_scores = scores
             if kv.num_workers > 1:
                 kv._barrier()

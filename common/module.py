@@ -37,6 +37,9 @@ class Module(mx.mod.Module):
     ):
         super().__init__(symbol, **kwargs)
         self.initial_state = initial_state
+        self.validation_scores: dict[
+            str, float
+        ] = {}  # by name, of the last epoch that was validated
         self._center_losses = find_center_losses(symbol)
         self._before_step: list[tuple[np.ndarray, np.ndarray]] = []  # (labels, their centers)
 

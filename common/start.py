@@ -131,6 +131,8 @@ def match_parameters(start: Start, network: mx.sym.Symbol, train: mx.io.DataIter
 
 def share_start(kv: mx.kv.KVStore, start: Start) -> Start:
     """Let every worker begin where rank 0 does; arrays follow when the optimizer is set up."""
+    if kv.num_workers == 1:
+        return start
     numbers = mx.nd.array([start.epoch, start.optimizer_state is not None])
     epoch, has_state = broadcast_from_rank_0(kv, 'start', numbers).asnumpy()
     if kv.rank == 0:
@@ -140,9 +142,9 @@ def share_start(kv: mx.kv.KVStore, start: Start) -> Start:
 
 def begin_at_epoch(train: mx.io.DataIter, epoch: int) -> None:
     """Let a training iterator begin at an epoch, counted from 0, where it can."""
-    if hasattr(train, 'start_epoch'):
+    if epoch and hasattr(train, 'start_epoch'):
         train.start_epoch(epoch)
-    else:
+    elif epoch:
         logging.warning(
             'the training data cannot begin at epoch %d: this run continues, but not exactly as if '
             'it had never been stopped',

@@ -1012,6 +1012,7 @@ def test_trained_module_is_returned():
         ('exit_cleanly.py --runs 7', r'runs: 7 in \d+ s, wrong: 0'),
         ('kill_at_random.py --kills 4 --seed 1', r'kills: 4 in .* damaged checkpoints: 0, '),
     ],
+    ids=['exit_cleanly', 'kill_at_random'],
 )
 def test_stress(line, said):
     """A few of what these programs do many times."""
