@@ -22,6 +22,9 @@ Recognition, ECCV 2016)::
 * Call ``mx.nd.waitall()`` before the program ends. MXNet's exit handler stops the threads that run
   operators written in Python; one that is still running would wait for ever. (With the engine
   ``ThreadedEngine`` delete the Module first: at exit MXNet may abort while it frees operators.)
+* Once an operator written in Python has run, forking may hang in MXNet's own handlers (5 of 16
+  times with one that only doubles its input): start workers before that, or use threads, as with
+  ``DataLoader(..., num_workers=2, thread_pool=True)``.
 * The centers move in the training forward, as the moving averages of a BatchNorm, and MXNet
   computes asynchronously: as with any auxiliary state, read the operator's output before you read
   the centers. :class:`CenterLossMetric` does; a metric of the softmax alone does not.
