@@ -22,9 +22,9 @@ Recognition, ECCV 2016)::
 * Call ``mx.nd.waitall()`` before the program ends. MXNet's exit handler stops the threads that run
   operators written in Python; one that is still running would wait for ever. (With the engine
   ``ThreadedEngine`` delete the Module first: at exit MXNet may abort while it frees operators.)
-* Once an operator written in Python has run, forking may hang in MXNet's own handlers (5 of 16
-  times with one that only doubles its input): start workers before that, or use threads, as with
-  ``DataLoader(..., num_workers=2, thread_pool=True)``.
+* MXNet frees an operator written in Python that ran imperatively a moment after its result is
+  there; forking in that moment hangs (5 of 16 times with one that only doubles its input). Start
+  worker processes before, or 0.1 s later. A Module keeps its operators, so it has no such moment.
 * The centers move in the training forward, as the moving averages of a BatchNorm, and MXNet
   computes asynchronously: as with any auxiliary state, read the operator's output before you read
   the centers. :class:`CenterLossMetric` does; a metric of the softmax alone does not.
