@@ -164,7 +164,7 @@ module.update()
 module.get_outputs()[1].asnumpy()
 fork()
 use()
-time.sleep(0.1)
+time.sleep(1)
 fork()
 """,
         engine,
