@@ -22,9 +22,10 @@ Recognition, ECCV 2016)::
 * Call ``mx.nd.waitall()`` before the program ends. MXNet's exit handler stops the threads that run
   operators written in Python; one that is still running would wait for ever. (With the engine
   ``ThreadedEngine`` delete the Module first: at exit MXNet may abort while it frees operators.)
-* MXNet frees an operator written in Python that ran imperatively a moment after its result is
-  there; forking in that moment hangs (5 of 16 times with one that only doubles its input). Start
-  worker processes before, or 0.1 s later. A Module keeps its operators, so it has no such moment.
+* Forking while MXNet runs or frees an operator written in Python hangs (5 of 16 times with one that
+  only doubles its input). Start worker processes before the first step, or call
+  ``mx.nd.waitall()``, and after imperative calls, whose operators are freed later, also
+  ``time.sleep(0.1)``.
 * The centers move in the training forward, as the moving averages of a BatchNorm, and MXNet
   computes asynchronously: as with any auxiliary state, read the operator's output before you read
   the centers. :class:`CenterLossMetric` does; a metric of the softmax alone does not.

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 import signal
 import sys
+import threading
 from typing import NoReturn, TextIO
 
 from common.environment import mx
@@ -94,6 +95,11 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
         while frame is not None:
             if frame.f_code.co_filename == mx.operator.__file__:
                 os._exit(128 + number)
+            if (
+                frame.f_code.co_name == '__del__'
+            ):  # Python would ignore the exception: a little later
+                threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+                return
             frame = frame.f_back
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 

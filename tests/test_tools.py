@@ -92,7 +92,9 @@ def test_network_variants_agree(options):
 def test_benchmark_part(part, capsys):
     benchmark.main([f'--part={part}', '--rounds=1'])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert rows and all(0 < row['median'] < np.inf for row in rows)
+    assert rows and all(np.isfinite(row['median']) for row in rows)
+    # A difference between the memory of two processes may come to less than its noise.
+    assert all(row['median'] > 0 for row in rows if 'memory' not in row['what'])
 
 
 @pytest.mark.slow
