@@ -3,8 +3,8 @@
     PREFIX-symbol.json   the network, one for all epochs; MXNet's format with a checksum
     PREFIX-0001.params   weights 'arg:NAME' and centers 'aux:NAME'; MXNet's format
     PREFIX-0001.resume   what an exact continuation needs besides, in the same format
-    PREFIX-0001.json     epoch, sizes and SHA-256 of these two, options, versions, and a checksum of
-                         itself: written last, it makes the checkpoint
+    PREFIX-0001.json     epoch, sizes and SHA-256 of these two, options, versions, what inference
+                         needs, and a checksum of itself: written last, it makes the checkpoint
 
 A checkpoint is checked as one thing before anything in it is parsed. Files are written under
 temporary names, synced and renamed; what had their names before goes where :meth:`Checkpoints.save`
@@ -24,18 +24,14 @@ from common.array_file import (
     decode_former_states,
     encode_arrays,
     former_state_fits,
-    rename_original,
     tagged,
     untagged,
 )
 from common.checkpoint_files import CheckpointFiles, read_regular_file, sync_folder, write_synced
 from common.errors import InputError
 from common.files import temporary_path
-from common.symbol_file import decode_symbol, encode_symbol, parameter_mismatches
+from common.symbol_file import decode_symbol, encode_symbol
 from common.versions import versions
-
-__all__ = ['Checkpoint', 'Checkpoints', 'DamagedCheckpoint', 'UncheckedCheckpoint']
-__all__ += ['parameter_mismatches', 'rename_original']
 
 Arrays = Mapping[str, mx.nd.NDArray]
 
@@ -77,6 +73,7 @@ class Checkpoints(CheckpointFiles):
         state: Arrays,
         options: dict,
         remove: Iterable[int] = (),
+        inference: dict | None = None,
     ) -> None:
         """Write a whole checkpoint, or leave everything as it was.
 
@@ -89,8 +86,8 @@ class Checkpoints(CheckpointFiles):
         state
             What training goes on from: 'optimizer0:NAME', and where the weights are averages those
             of the last step, 'last:arg:NAME' and 'last:aux:NAME'.
-        options
-            What determines the result, as JSON has it.
+        options, inference
+            What determines the result, and what the network is used with, both as JSON has it.
         remove
             Epochs that go when this one is ready. Where this epoch is not among them, one that was
             there before is kept under another prefix; so is one without a checksum in any case.
@@ -113,6 +110,7 @@ class Checkpoints(CheckpointFiles):
                 for kind, arrays in (('params', params), ('resume', state))
             }
             content = {'epoch': epoch, 'files': files, 'options': options, 'versions': versions()}
+            content['inference'] = inference or {}
             write_synced(new['json'], [_with_checksum(content)])
             # A kill between any two steps loses nothing, and leaves at most one epoch unfinished.
             others = {old for old in remove if old > epoch}  # of an earlier run
@@ -159,10 +157,7 @@ class Checkpoints(CheckpointFiles):
         return Checkpoint(epoch, *untagged(params), state, content['options'])
 
     def load_params(self, epoch: int) -> tuple[dict, dict]:
-        """Return the weights and the centers of an epoch by name; for errors see :meth:`load`.
-
-        Where there is no checksum, it warns.
-        """
+        """Return weights and centers by name; warn without a checksum; errors as :meth:`load`."""
         if epoch not in self.epochs():
             raise InputError(
                 f'there is no {self.params_path(epoch)}; epochs of {self.prefix} that have a '
@@ -173,6 +168,10 @@ class Checkpoints(CheckpointFiles):
             self._reported = True
             logging.warning('%s has no checksum, and cannot be checked', self.params_path(epoch))
         return untagged(self._arrays(epoch, 'params', content))
+
+    def load_inference(self, epoch: int) -> dict:
+        """Return ``inference`` of an epoch, see :meth:`save`; empty where it was not saved."""
+        return (self._content(epoch) or {}).get('inference', {})
 
     def load_symbol(self) -> mx.sym.Symbol:
         """Return the network; before it is bound, :func:`parameter_mismatches` has to be called.
@@ -225,9 +224,8 @@ class Checkpoints(CheckpointFiles):
     def _arrays(self, epoch, kind, content):
         """Return the arrays of a file, which has to be the one that ``content`` describes."""
         file = content['files'][kind] if content else {}
-        data = read_regular_file(
-            self._path(epoch, kind), file['size'] + 1 if 'size' in file else None
-        )
+        max_bytes = file['size'] + 1 if 'size' in file else None
+        data = read_regular_file(self._path(epoch, kind), max_bytes)
         if file and hashlib.sha256(data).hexdigest() != file['sha256']:
             raise self._damage(epoch, kind, 'its checksum differs')
         return self._decoded(epoch, kind, data, decode_arrays)

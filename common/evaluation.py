@@ -6,14 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.environment import mx
 from common.checkpoints import Checkpoints
-from common.errors import InputError
-from common.symbol_file import parameter_mismatches
+from common.embedder import BATCH_SIZE, Embedder
 
 VERIFIED_IMAGES = 4000  # 8 million pairs: all test images of four digits
 FALSE_ACCEPTS = 0.01
-MAX_VALUES = 2**31  # of all layers for one batch: what a network of another program may allocate
 
 
 class ClusterStatistics(NamedTuple):
@@ -90,7 +87,7 @@ def center_loss_weight(prefix: str) -> float | None:
 
 
 def embed(
-    prefix: str | Checkpoints, epoch: int, images: np.ndarray, batch_size: int = 100
+    prefix: str | Checkpoints, epoch: int, images: np.ndarray, batch_size: int = BATCH_SIZE
 ) -> tuple[np.ndarray, np.ndarray]:
     """Embed images with a checkpoint, on the CPU.
 
@@ -103,8 +100,7 @@ def embed(
     images
         uint8 (N, height, width), pixels from 0 to 255.
     batch_size
-        Images embedded at once. More are not faster and take more memory: with LeNet++ 0.3 GB for
-        100 of them, 2.5 GB for 1,000.
+        Images embedded at once, see ``common.embedder.BATCH_SIZE``.
 
     Returns
     -------
@@ -120,53 +116,8 @@ def embed(
         If there is no such checkpoint, if it is not of a network with the layers ``embedding`` and
         ``softmax``, or if the images are not of the right kind.
     """
-    if images.dtype != np.uint8 or images.ndim != 3 or not images.size:
-        raise InputError(
-            'images to embed have to be uint8 of shape (N, height, width), with pixels from 0 to '
-            f'255, not {images.dtype} {images.shape}'
-        )
-    checkpoints = prefix if isinstance(prefix, Checkpoints) else Checkpoints(prefix)
-    arg_params, aux_params = checkpoints.load_params(epoch)
-    layers = checkpoints.load_symbol().get_internals()
-    height, width = images.shape[1:]
-    batch_size = min(batch_size, len(images))
-    try:
-        # Without the softmax and the center loss no labels are needed.
-        outputs = mx.sym.Group(
-            [layers['embedding_output'], layers['softmax_output'].get_children()[0]]
-        )
-        shapes = {'data': (batch_size, 1, height, width)}
-        if any(
-            why != 'which the network does not have'
-            for _, why in parameter_mismatches(
-                outputs, shapes, arg_params, aux_params, max_values=MAX_VALUES
-            )
-        ):
-            raise ValueError
-        module = mx.mod.Module(outputs, label_names=None, context=mx.cpu())
-        # Bound for inference, MXNet would fuse a convolution with its tanh; for 20 and 50 channels
-        # that takes twice as long.
-        module.bind(list(shapes.items()), for_training=True)
-        module.set_params(arg_params, aux_params, allow_extra=True)
-    except (mx.MXNetError, RuntimeError, ValueError, TypeError):
-        raise InputError(
-            f'{checkpoints.symbol_path} and {checkpoints.params_path(epoch)} are not a network of '
-            f'train.py for images of {height} x {width} pixels and its parameters: train again, '
-            'or choose another prefix'
-        ) from None
-    results = []
-    for first in range(0, len(images), batch_size):
-        batch = images[first : first + batch_size, None]  # (B, 1, height, width)
-        pixels = np.multiply(batch, np.float32(1 / 256), dtype=np.float32)
-        module.forward(mx.io.DataBatch([mx.nd.array(pixels)]), is_train=False)
-        results.append([output.asnumpy() for output in module.get_outputs()])
-    embeddings, logits = (np.concatenate(arrays) for arrays in zip(*results, strict=True))
-    if not np.isfinite(embeddings).all():
-        raise InputError(
-            f'{checkpoints.params_path(epoch)} embeds images as numbers that are not finite: '
-            'choose an earlier epoch'
-        )
-    return embeddings, logits
+    image_shape = images.shape[1:] if images.ndim == 3 else None
+    return Embedder(prefix, epoch, image_shape).forward(images, batch_size)
 
 
 def evaluate(

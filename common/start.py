@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 from common.environment import mx
-from common.array_file import tagged, untagged
-from common.checkpoints import Checkpoints, parameter_mismatches, rename_original
+from common.array_file import rename_original, tagged, untagged
+from common.checkpoints import Checkpoints
 from common.distributed import broadcast_from_rank_0
 from common.errors import InputError
+from common.symbol_file import parameter_mismatches
 
 
 @dataclasses.dataclass(frozen=True)
