@@ -130,7 +130,9 @@ def mnist_iterator(
     """Return iterators over the training and the validation images.
 
     Training: full batches in an order that depends on the seed and the epoch alone. Validation:
-    every image once. Data that are unavailable or too few raise an InputError.
+    every image once. Data that are unavailable or too few raise an InputError. ``train.data_facts``
+    is what a checkpoint says of the data, for the use of the network: the name of the data set, the
+    names of its classes, the shape of its images.
 
     Parameters
     ----------
@@ -191,10 +193,13 @@ def mnist_iterator(
         # Of nearly equal size: several devices could not share a last batch of an image or two.
         return np.array_split(val_index, math.ceil(len(val_index) / batch_size))
 
-    return (
-        DualLabelIter(images, labels, input_shape, shuffled),
-        DualLabelIter(val_images, val_labels, input_shape, each_once),
-    )
+    train = DualLabelIter(images, labels, input_shape, shuffled)
+    train.data_facts = {
+        'dataset': digits.dataset,
+        'class_names': list(digits.class_names[:num_classes]),
+        'image_shape': list(images.shape[1:]),
+    }
+    return train, DualLabelIter(val_images, val_labels, input_shape, each_once)
 
 
 def _dual_label(shape, dtype=np.float32):

@@ -24,7 +24,7 @@ from common.distributed import check_agreement, connected
 from common.errors import Failure, InputError
 from common.log_file import log_to, log_when_stopped
 from common.module import Module
-from common.monitoring import TrainingMonitor, WidestDifference, check_not_diverged
+from common.monitoring import OwnDistance, TrainingMonitor, WidestDifference, check_not_diverged
 from common.start import (
     Start,
     begin_at_epoch,
@@ -87,7 +87,7 @@ def fit(
         ``(train, val)``, two iterators whose batches have the inputs and labels of the network; or
         a function ``data(batch_size, num_parts=, part_index=)`` that returns them for worker
         ``part_index`` of ``num_parts``. A continued run is exact if ``train.start_epoch(epoch)``
-        exists, as for ``data.DualLabelIter``.
+        exists, as for ``data.DualLabelIter``. A dict ``train.data_facts`` is saved for inference.
     compute_network
         A network with the same parameters and outputs that is faster to compute, and bound in the
         place of ``network``.
@@ -179,7 +179,7 @@ def fit(
         if callable(data):
             data = data(batch_size, num_parts=kv.num_workers, part_index=kv.rank)
         train, val = data
-        num_batches = count_batches(train)
+        num_batches, data_facts = count_batches(train), getattr(train, 'data_facts', {})
         check_divisible(val, len(devices))
         if kv.rank == 0:
             start = match_parameters(start, network, train)
@@ -222,9 +222,9 @@ def fit(
                 state = module.optimizer_state()
                 if average.share:  # a collapse shows at once in the last step, later in the average
                     last_step = itertools.chain(*(params.items() for params in params_of_last_step))
-                    check_not_diverged(where, *validate(module, val), last_step)
+                    check_not_diverged(where, *validate(module, val)[:2], last_step)
                 with average.in_use() as last:
-                    scores, difference = validate(module, val)
+                    scores, difference, distance = validate(module, val)
                     for name, value in scores.items():
                         logging.info('Epoch[%d] Validation-%s=%f', epoch, name, value)
                     params = module.get_params()
@@ -232,7 +232,8 @@ def fit(
                     check_not_diverged(where, scores, difference, arrays)
                     state.update({f'last:{name}': array for name, array in last.items()})
                     kept = {**options, 'first_epoch': first_epoch}  # what lies before is not ours
-                    checkpoints.save(epoch + 1, network, *params, state, kept, remove=outdated())
+                    facts = {**data_facts, 'rejection_distance': distance}
+                    checkpoints.save(epoch + 1, network, *params, state, kept, outdated(), facts)
                 module.validation_scores = scores
             if kv.num_workers > 1:
                 kv._barrier()
@@ -334,16 +335,14 @@ def lr_schedule(
 
 
 def metrics() -> mx.metric.CompositeEvalMetric:
-    """Return the metrics of training and validation.
-
-    The joint objective is their cross-entropy plus lambda times their center loss.
-    """
+    """Return the metrics; the objective is their cross-entropy plus lambda times center loss."""
     cross_entropy = CrossEntropy('cross-entropy')  # MXNet's name for it
     return mx.metric.CompositeEvalMetric([Accuracy(), cross_entropy, CenterLossMetric()])
 
 
-def validate(module: Module, val: mx.io.DataIter) -> tuple[dict[str, float], float]:
-    """Return the metrics over the validation images, and the value of ``WidestDifference``."""
-    reported, difference = metrics(), WidestDifference()
-    module.score(val, mx.metric.CompositeEvalMetric([*reported.metrics, difference]))
-    return dict(reported.get_name_value()), difference.get()[1]
+def validate(module: Module, val: mx.io.DataIter) -> tuple[dict[str, float], float, float]:
+    """Return the metrics over the validation images, ``WidestDifference`` and ``OwnDistance``."""
+    reported, difference, distance = metrics(), WidestDifference(), OwnDistance()
+    watched = mx.metric.CompositeEvalMetric([*reported.metrics, difference, distance])
+    module.score(val, watched)
+    return dict(reported.get_name_value()), difference.get()[1], distance.get()[1]

@@ -10,6 +10,7 @@ from common.environment import mx
 from common.errors import Failure
 
 COLLAPSED = 1e-4  # as a multiple of 1 / K, see check_not_diverged
+REJECTED = 99  # percentile, see OwnDistance
 
 
 class Diverged(Failure):
@@ -102,6 +103,30 @@ class WidestDifference(mx.metric.EvalMetric):
     def get(self) -> tuple[str, float]:
         """Return (name, value)."""
         return self.name, float(np.max(self.highest - self.lowest)) * np.size(self.highest)
+
+
+class OwnDistance(mx.metric.EvalMetric):
+    """The ``REJECTED``-th percentile of the images' distance to the center of their own class.
+
+    Farther from every center than that, an image is like none of the classes. It takes the output
+    ``center_loss_output`` (B,), 1/2 of the squared distance.
+    """
+
+    def __init__(self):
+        super().__init__('own_distance', output_names=['center_loss_output'], label_names=[])
+
+    def reset(self) -> None:
+        """Forget all images."""
+        self.losses = []
+
+    def update(self, labels: list, preds: list) -> None:
+        """Take in the center losses of a batch."""
+        self.losses.append(preds[0].asnumpy())
+
+    def get(self) -> tuple[str, float]:
+        """Return (name, value)."""
+        distances = np.sqrt(2 * np.concatenate(self.losses))
+        return self.name, float(np.percentile(distances, REJECTED))
 
 
 def check_not_diverged(
