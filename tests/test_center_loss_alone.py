@@ -159,6 +159,40 @@ load()
     )
 
 
+@pytest.mark.slow
+@every_engine
+def test_forked_workers_answer_after_a_step(run, engine):
+    """Once MXNet is done with the operators, as the docstring says: waitall, Gluon's freed too."""
+    run(
+        PRELUDE
+        + NETWORK
+        + USE
+        + LOADER
+        + """
+import multiprocessing, time
+def fork():
+    with multiprocessing.Pool(2) as pool:
+        assert pool.map(abs, [-1, 2, -3]) == [1, 2, 3]
+    load()
+images, classes = batch()
+module = mx.mod.Module(network(), label_names=labels)
+module.bind([('data', (128, 20))], [(name, (128,)) for name in labels])
+module.init_params()
+module.init_optimizer()
+module.forward_backward(mx.io.DataBatch([images], [classes, classes]))
+module.update()
+mx.nd.waitall()
+fork()
+use()
+mx.nd.waitall()
+time.sleep(1)
+fork()
+""",
+        engine,
+        timeout=100,
+    )
+
+
 @every_engine
 def test_threaded_workers_answer(run, engine):
     """Forking is MXNet's own problem once any operator in Python has run; threads are not."""
