@@ -15,6 +15,9 @@ from typing import NoReturn, TextIO
 from common.environment import mx
 from common.errors import Failure, InputError, Terminated
 
+# What MXNet says where memory, or memory for a thread, cannot be had.
+OUT_OF_MEMORY = ('Failed to allocate', 'Malloc', 'bad_alloc', 'out of memory', 'unavailable')
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows every default that says something, and the lines of the description as they are."""
@@ -85,8 +88,8 @@ class LossyStream:
 def run_script(main: Callable[[Sequence[str]], None]) -> None:
     """Run ``main(sys.argv[1:])`` as a script.
 
-    A :class:`Failure` is printed as one line on stderr and sets the exit status; Ctrl-C and SIGTERM
-    end with status 130 and 143, without a traceback.
+    A :class:`Failure`, or a lack of memory, is printed as one line on stderr and sets the exit
+    status; Ctrl-C and SIGTERM end with status 130 and 143, without a traceback.
     """
 
     def interrupt(number, frame):
@@ -95,9 +98,7 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
         while frame is not None:
             if frame.f_code.co_filename == mx.operator.__file__:
                 os._exit(128 + number)
-            if (
-                frame.f_code.co_name == '__del__'
-            ):  # Python would ignore the exception: a little later
+            if frame.f_code.co_name == '__del__':  # where Python would ignore the exception
                 threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
                 return
             frame = frame.f_back
@@ -109,8 +110,12 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
     sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
     try:
         main(sys.argv[1:])
-    except Failure as failure:
-        print(f'{Path(sys.argv[0]).name}: error: {failure}', file=sys.stderr)
-        sys.exit(failure.exit_status)
+    except (Failure, MemoryError, mx.MXNetError) as error:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
+            error = Failure('there is too little memory: end other programs, or take less at once')
+        if not isinstance(error, Failure):
+            raise
+        print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr)
+        sys.exit(error.exit_status)
     except KeyboardInterrupt as stop:
         sys.exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from common.environment import mx
 from common.command_line import ArgumentParser, number, run_script
 from common.errors import Failure, InputError
 from common.monitoring import Diverged
@@ -105,6 +106,8 @@ def test_help_shows_defaults(capsys):
         (InputError('a mistake'), 2, 'tool.py: error: a mistake\n'),
         (Failure('no luck'), 1, 'tool.py: error: no luck\n'),
         (Diverged('x is nan', 'epoch 1'), 1, 'tool.py: error: training diverged: x is nan in epo'),
+        (MemoryError(), 1, 'tool.py: error: there is too little memory'),
+        (mx.MXNetError('Failed to allocate CPU Memory'), 1, 'tool.py: error: there is too little'),
         (KeyboardInterrupt(), 130, ''),
         (SystemExit(7), 7, ''),
     ],
@@ -146,6 +149,39 @@ def main(argv):
 run_script(main)"""
     result = run_python('-c', program)
     assert (result.stdout, result.stderr, result.returncode) == ('cleaned up\n', '', status)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_in_a_destructor(number, status):
+    """Python would print an exception that is raised in there, and go on."""
+    program = f"""{PROGRAM}
+import os, time
+class Freed:
+    def __del__(self):
+        os.kill(os.getpid(), {int(number)})
+        time.sleep(0.001)  # the handler runs before this returns
+def main(argv):
+    Freed()
+    time.sleep(60)
+run_script(main)"""
+    result = run_python('-c', program)
+    assert (result.stdout, result.stderr, result.returncode) == ('', '', status)
+
+
+@pytest.mark.slow
+def test_too_little_memory():
+    """MXNet's own error, where it raises one."""
+    program = f"""{PROGRAM}
+import resource
+def main(argv):
+    limit = 2**30 + int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    mx.nd.zeros((2**20, 2**10)).wait_to_read()
+run_script(main)"""
+    result = run_python('-c', program)
+    said = '-c: error: there is too little memory: end other programs, or take less at once\n'
+    assert (result.stdout, result.stderr, result.returncode) == ('', said, 1)
 
 
 @pytest.mark.slow
