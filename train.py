@@ -347,7 +347,9 @@ def recipe_table() -> str:
         values = [str(recipe[option]) for recipe in RECIPES.values()]
         rows.append((f'--{option.replace("_", "-")}', *values))
     lines = [f'  {row[0]:<22}' + ''.join(f'{value:<18}' for value in row[1:]) for row in rows]
-    return '\n'.join(['defaults by recipe and network (B: the batch size):', *lines])
+    return '\n'.join(
+        map(str.rstrip, ['defaults by recipe and network (B: the batch size):', *lines])
+    )
 
 
 def initializer_name(text: str) -> str:

@@ -23,7 +23,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows every default that says something, and the lines of the description as they are."""
 
     def _get_help_string(self, action):
-        if action.default in (None, '', False):
+        if action.default in (None, '') or action.default is False:
             return action.help
         return super()._get_help_string(action)
 

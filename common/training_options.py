@@ -81,7 +81,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(float, above=0, maximum=1e6),
         default=argparse.SUPPRESS,
         metavar='E',
-        help='in epochs; 0.5 is half an epoch (default: by recipe)',
+        help='epochs between two falls of the learning rate, such as 0.5 (default: by recipe)',
     )
     training.add_argument(
         '--warmup-epochs',

@@ -32,6 +32,7 @@ def make_parser():
     parser.add_argument('--log_file', '--log-file', default='log.txt', help='the log')
     parser.add_argument('--log_dir', '--log-dir', default='.', help='its folder')
     parser.add_argument('--resume', action='store_true', help='go on')
+    parser.add_argument('--seed', type=number(int), default=0, help='of the weights')
     return parser
 
 
@@ -70,7 +71,13 @@ def test_no_number(parse, text, said):
 
 def test_abbreviations():
     args = make_parser().parse_args(['--batch=128', '--log_f', 'x', '--log-d=y', '--res'])
-    assert vars(args) == {'batch_size': 128, 'log_file': 'x', 'log_dir': 'y', 'resume': True}
+    assert vars(args) == {
+        'batch_size': 128,
+        'log_file': 'x',
+        'log_dir': 'y',
+        'resume': True,
+        'seed': 0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -95,6 +102,7 @@ def test_help_shows_defaults(capsys):
     assert leave.value.code == 0
     shown = capsys.readouterr().out
     assert 'images (default: 100)' in shown and 'the log (default: log.txt)' in shown
+    assert 'of the weights (default: 0)' in shown
     assert 'go on\n' in shown, 'a default that says nothing'
     assert '\n    and an example\n' in shown
 
