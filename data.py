@@ -165,6 +165,10 @@ def mnist_iterator(
     elif validate_on != 'test':
         raise InputError(f'--validate-on={validate_on} is neither test nor held-out')
     if num_classes is not None:
+        if num_classes > len(digits.class_names):
+            raise InputError(
+                f'--num-classes={num_classes}: {digits.dataset} has {len(digits.class_names)}'
+            )
         index = index[labels[index] < num_classes]
         val_index = val_index[val_labels[val_index] < num_classes]
     index = index[:num_examples]

@@ -40,7 +40,6 @@ from common.training_options import add_training_arguments
 import data
 from train_model import fit
 
-NUM_CLASSES = 10
 SCRIPT = sys.argv[0] if __name__ == '__main__' else __file__  # a program may call main()
 
 
@@ -103,7 +102,7 @@ VECTORIZED_NETWORKS = {
 
 def get_symbol(
     *,
-    num_classes: int = NUM_CLASSES,
+    num_classes: int = 10,
     center_loss_weight: float = 0.01,
     alpha: float = 0.5,
     embedding_dim: int = 2,
@@ -262,11 +261,10 @@ def parse_args(argv: Sequence[str] = ()) -> argparse.Namespace:
     )
     parser.add_argument(
         '--num-classes',
-        type=number(int, minimum=2, maximum=NUM_CLASSES),
-        default=NUM_CLASSES,
+        type=number(int, minimum=2),
         metavar='K',
-        help='train and validate on the digits 0 to K-1 only: vis.py then shows how well the '
-        'embedding separates the other ones',
+        help='train and validate on the classes 0 to K-1 only (default: all): vis.py then shows '
+        'how well the embedding separates the other ones',
     )
 
     objective = parser.add_argument_group('network and objective')
@@ -399,17 +397,22 @@ def main(argv: Sequence[str] = ()) -> None:
     if args.num_workers and ROLE is None:
         start_workers(args, argv, load_data, devices, how_to_continue)
         return
-    network = arguments_of(get_symbol, args)
+
+    def network(train, vectorized=False):
+        options = arguments_of(get_symbol, args)
+        options['num_classes'] = len(train.data_facts['class_names'])
+        return get_symbol(**options, vectorized=vectorized)
+
     options = arguments_of(fit, args)
     options['initializer'] = INITIALIZERS[args.initializer]
     if not args.gpus:
-        options['compute_network'] = get_symbol(**network, vectorized=True)
+        options['compute_network'] = functools.partial(network, vectorized=True)
     module = fit(
-        get_symbol(**network),
+        network,
         load_data,
         **options,
         devices=devices,
-        record=vars(args),
+        record={name: value for name, value in vars(args).items() if value is not None},
         how_to_continue=how_to_continue,
     )
     if module.validation_scores:

@@ -19,7 +19,7 @@ from common.environment import mx
 from center_loss import Accuracy, CenterLossMetric, CrossEntropy
 from common.averaging import Average
 from common.checkpoints import Checkpoints
-from common.devices import check_equal_shares
+from common.devices import check_divisible, check_equal_shares
 from common.distributed import check_agreement, connected
 from common.errors import Failure, InputError
 from common.log_file import log_to, log_when_stopped
@@ -46,10 +46,10 @@ NOT_COMPARED = {
 
 
 def fit(
-    network: mx.sym.Symbol,
+    network: mx.sym.Symbol | Callable,
     data: Callable | tuple[mx.io.DataIter, mx.io.DataIter],
     *,
-    compute_network: mx.sym.Symbol | None = None,
+    compute_network: mx.sym.Symbol | Callable | None = None,
     devices: Sequence[mx.Context] | None = None,
     batch_size: int = 100,
     num_epochs: int = 20,
@@ -81,16 +81,16 @@ def fit(
     Parameters
     ----------
     network
-        A group of the outputs ``softmax_output`` (B, K) and ``center_loss_output`` (B,). It is what
-        the checkpoints hold.
+        A group of the outputs ``softmax_output`` (B, K) and ``center_loss_output`` (B,), or a
+        function that returns it, given ``train``. It is what the checkpoints hold.
     data
         ``(train, val)``, two iterators whose batches have the inputs and labels of the network; or
         a function ``data(batch_size, num_parts=, part_index=)`` that returns them for worker
         ``part_index`` of ``num_parts``. A continued run is exact if ``train.start_epoch(epoch)``
         exists, as for ``data.DualLabelIter``. A dict ``train.data_facts`` is saved for inference.
     compute_network
-        A network with the same parameters and outputs that is faster to compute, and bound in the
-        place of ``network``.
+        The same, with the same parameters and outputs, in a form that is faster to compute: it is
+        bound in the place of ``network``.
     devices
         Contexts that share every batch; by default the first CPU.
     batch_size
@@ -181,6 +181,10 @@ def fit(
         train, val = data
         num_batches, data_facts = count_batches(train), getattr(train, 'data_facts', {})
         check_divisible(val, len(devices))
+        network, compute_network = (
+            form if form is None or isinstance(form, mx.sym.Symbol) else form(train)
+            for form in (network, compute_network)
+        )
         if kv.rank == 0:
             start = match_parameters(start, network, train)
         start = share_start(kv, start)
@@ -288,18 +292,6 @@ def count_batches(train: mx.io.DataIter) -> int:
     count = sum(1 for _ in train)
     train.reset()
     return count
-
-
-def check_divisible(val: mx.io.DataIter, num_devices: int) -> None:
-    """Raise InputError where a validation batch has fewer images than there are devices."""
-    if num_devices > 1:
-        val.reset()
-        smallest = min(len(batch.data[0]) for batch in val)
-        if smallest < num_devices:
-            raise InputError(
-                f'a validation batch of {smallest} images cannot be shared by {num_devices} '
-                'devices: take more validation images, or fewer devices'
-            )
 
 
 def independent_seed(seed: int) -> int:

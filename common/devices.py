@@ -36,3 +36,15 @@ def check_equal_shares(batch_size: int, devices: Sequence[mx.Context]) -> None:
             f'--batch-size={batch_size} cannot be shared equally by {len(devices)} devices: '
             f'take a multiple of {len(devices)}'
         )
+
+
+def check_divisible(val: mx.io.DataIter, num_devices: int) -> None:
+    """Raise InputError where a validation batch has fewer images than there are devices."""
+    if num_devices > 1:
+        val.reset()
+        smallest = min(len(batch.data[0]) for batch in val)
+        if smallest < num_devices:
+            raise InputError(
+                f'a validation batch of {smallest} images cannot be shared by {num_devices} '
+                'devices: take more validation images, or fewer devices'
+            )

@@ -11,7 +11,7 @@ from common.array_file import rename_original, tagged, untagged
 from common.checkpoints import Checkpoints
 from common.distributed import broadcast_from_rank_0
 from common.errors import InputError
-from common.symbol_file import parameter_mismatches
+from common.symbol_file import output_shapes, parameter_mismatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +101,12 @@ def match_parameters(start: Start, network: mx.sym.Symbol, train: mx.io.DataIter
     """Check that the parameters are those of the network, or take those that are.
 
     A run that is resumed needs all of them; one that begins with loaded parameters takes what fits.
+    Raises InputError, too, where the network does not take the data.
     """
-    if start.path is None:
-        return start
     shapes = {desc.name: desc.shape for desc in [*train.provide_data, *train.provide_label]}
+    if start.path is None:
+        output_shapes(network, shapes)
+        return start
     mismatches = list(parameter_mismatches(network, shapes, start.arg_params, start.aux_params))
     if start.resumed:
         if mismatches:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 
+import numpy as np
 import pytest
 
 from common.environment import mx
@@ -21,6 +22,7 @@ from common.devices import check_equal_shares, choose_devices
 from common.errors import InputError
 from helpers import ROOT, epoch_lines, logged, run_train, saved_params
 import train
+import vis
 
 QUICK = ['--dataset=mnist-5k', '--num-examples=200', '--num-epochs=1', '--batch-size=50']
 
@@ -191,6 +193,45 @@ def test_some_digits_in_lenet_plus_plus(main):
         main(*line, '--num-classes=3', '--num-epochs=3', '--resume')
 
 
+def write_idx(folder, size, num_classes):
+    """Two training images and a test image of every class: bars at a place of their own."""
+    images = np.zeros((num_classes, size, size), np.uint8)
+    for label, image in enumerate(images):
+        image[label * size // num_classes, :] = image[:, label % size] = 255
+    for part, repeats in (('train', 2), ('t10k', 1)):
+        labels = np.tile(np.arange(num_classes, dtype=np.uint8), repeats)
+        for kind, array in (('images-idx3', images[labels]), ('labels-idx1', labels)):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, '>u4').tobytes()
+            (folder / f'{part}-{kind}-ubyte').write_bytes(header + array.tobytes())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('network, features', [('lenet', 50 * 5 * 5), ('lenet++', 128 * 4 * 4)])
+def test_own_data(main, network, features, tmp_path):
+    """Images of 32 x 32 pixels and 47 classes, as those of EMNIST's balanced set."""
+    write_idx(tmp_path, 32, 47)
+    line = [f'--data-dir={tmp_path}', '--batch-size=47', f'--network={network}']
+    main(*line, '--num-epochs=1')
+    params = saved_params('center_loss', 1)
+    assert params['fc2_weight'].shape == params['center_loss_center_bias'].shape == (47, 2)
+    wide = 'fc1_weight' if network == 'lenet' else 'embedding_weight'
+    assert params[wide].shape[1] == features
+    facts = Checkpoints('center_loss').load_inference(1)
+    assert (facts['dataset'], facts['image_shape']) == ('custom', [32, 32])
+    assert facts['class_names'] == [str(label) for label in range(47)]
+    vis.main([f'--data-dir={tmp_path}'])
+    main(*line, '--num-epochs=2', '--resume')
+    assert 'resuming with' not in Path('log.txt').read_text()
+    with pytest.raises(InputError, match='--num-classes=48: custom has 47'):
+        main(*line, '--num-classes=48')
+
+
+def test_images_too_small_for_the_network(main, tmp_path):
+    write_idx(tmp_path, 12, 2)
+    with pytest.raises(InputError, match=r"does not take \{'data': \(2, 1, 12, 12\)"):
+        main(f'--data-dir={tmp_path}', '--batch-size=2')
+
+
 def test_library_call(main, monkeypatch):
     """Another program's own options are not those of train.py."""
     monkeypatch.setattr(sys, 'argv', ['other.py', '--batch-size=7', '--nonsense'])
@@ -297,7 +338,6 @@ MISTAKES = {
     '--num-examples=all': "--num-examples: 'all' is not a whole number",
     '--num-examples=99': '--batch-size=100 is too large',
     '--num-classes=1': '--num-classes: 1 is out of range: it has to be at least 2',
-    '--num-classes=11': '--num-classes: 11 is out of range: it has to be at most 10',
     '--embedding-dim=0': '--embedding-dim: 0 is out of range: it has to be at least 1',
     '--network=resnet': "--network: invalid choice: 'resnet'",
     '--recipe=new': "--recipe: invalid choice: 'new'",
