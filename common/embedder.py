@@ -11,6 +11,7 @@ Nothing here needs labels, or a run in progress.
 
 from collections.abc import Sequence
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,18 @@ from common.symbol_file import parameter_mismatches
 # Images embedded at once. More are not faster and take more memory: with LeNet++ 0.3 GB for 100 of
 # them, 2.5 GB for 1,000.
 BATCH_SIZE = 100
+TRAINED = Path(__file__).resolve().parent.parent / 'data' / 'trained' / 'center_loss'
 MAX_VALUES = 2**31  # of all layers for one batch: what a network of another program may allocate
+
+
+def choose_run(model_prefix: str | None, default: str = 'center_loss') -> str:
+    """Return a prefix: the one given, else ``default``, else the network that comes with this.
+
+    ``default`` is taken if it has a checkpoint.
+    """
+    if model_prefix is not None:
+        return model_prefix
+    return default if Checkpoints(default).epochs() else os.path.relpath(TRAINED)
 
 
 class Embedded(NamedTuple):
@@ -130,6 +142,17 @@ class Embedder:
         self.centers = next(
             (c.asnumpy() for c in centers if c is not None and c.shape == (num_classes, dimension)),
             None,
+        )
+
+    @property
+    def description(self) -> str:
+        """One line about the network: its file, its data, and the rejection distance."""
+        unlike = 'it was saved without the distance beyond which images are like none of them'
+        if self.rejection_distance is not None:
+            unlike = f'like none of them beyond a distance of {self.rejection_distance:.3f}'
+        return (
+            f'{self.checkpoints.params_path(self.epoch)}: trained on {self.dataset}, '
+            f'{len(self.class_names)} classes, {unlike}'
         )
 
     def _bind(self, network, arg_params, aux_params):
