@@ -5,6 +5,7 @@
     python vis.py --grid softmax large           a panel for every run, each with its lambda
     python vis.py --animate=center_loss.gif      how the clusters form, a frame for every epoch
     python vis.py --curves log.txt               accuracy and losses over the epochs
+    python vis.py --images digit.png scans/      where images of your own lie among the others
 
 The pictures follow Figures 2 and 3 of Wen, Zhang, Li, Qiao: A Discriminative Feature Learning
 Approach for Deep Face Recognition, ECCV 2016. Below each panel stand the test accuracy and
@@ -27,7 +28,7 @@ share of the pairs of one class within the distance that 1% of the pairs of two 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import itertools
 import logging
@@ -43,8 +44,10 @@ from tqdm import tqdm
 from common import pictures
 from common.checkpoints import Checkpoints
 from common.command_line import ArgumentParser, number, run_script
+from common.embedder import Embedder
 from common.errors import InputError
 from common.evaluation import FALSE_ACCEPTS, center_loss_weight, embed, evaluate
+from common.image_files import OwnImages, load_images
 from common.log_reader import METRICS, read_log, validation_images
 import data
 
@@ -62,15 +65,16 @@ DEFAULT_OUTPUT = {'grid': 'grid.png', 'curves': 'curves.png'}
 # Options that would have no effect in a mode.
 NOT_WITH = {
     'grid': ['model_prefix'],
-    'animate': ['epoch', 'output'],
-    'curves': ['model_prefix', 'epoch', 'split', 'dataset', 'data_dir'],
+    'animate': ['epoch', 'output', 'images'],
+    'curves': ['model_prefix', 'epoch', 'split', 'dataset', 'data_dir', 'images'],
 }
 
 
 class Panel(NamedTuple):
     """One panel: embeddings float32 (N, d), labels (N,), the title above and the caption below it.
 
-    ``num_seen`` is the number of classes seen in training (None: all), ``report`` what is printed.
+    ``num_seen`` is the number of classes seen in training (None: all), ``report`` what is printed,
+    ``marked`` the embeddings (d,) of other images by the names that are written beside them.
     """
 
     embeddings: np.ndarray
@@ -79,12 +83,21 @@ class Panel(NamedTuple):
     caption: str
     num_seen: int | None = None
     report: str = ''
+    marked: Mapping[str, np.ndarray] | None = None
 
 
 def make_panel(
-    checkpoints: Checkpoints, epoch: int, name: str, digits: data.Digits, split: str
+    checkpoints: Checkpoints,
+    epoch: int,
+    name: str,
+    digits: data.Digits,
+    split: str,
+    own: OwnImages | None = None,
 ) -> Panel:
-    """Evaluate a checkpoint on all images of a split, 'train' or 'test', and describe it."""
+    """Evaluate a checkpoint on all images of a split, 'train' or 'test', and describe it.
+
+    Images of the user's own are marked in it.
+    """
     images, labels = digits[:2] if split == 'train' else digits[2:4]
     measured = evaluate(checkpoints, epoch, images, labels)
     if measured.embeddings.shape[1] < 2:
@@ -114,8 +127,19 @@ def make_panel(
         ]
         report += f'\n    {unseen} {"; ".join(verified)}'
         caption += [f'× {unseen}', *verified]
-    title = f'{name} (epoch{NO_BREAK}{epoch}):{NO_BREAK}{measured.accuracy:.2%}'
-    return Panel(measured.embeddings, labels, title, '\n'.join(caption), measured.num_seen, report)
+    marked = None
+    if own is not None:
+        own_embeddings, _ = embed(checkpoints, epoch, own.images)
+        marked = dict(zip((Path(name).name for name in own.names), own_embeddings, strict=True))
+    return Panel(
+        measured.embeddings,
+        labels,
+        title=f'{name} (epoch{NO_BREAK}{epoch}):{NO_BREAK}{measured.accuracy:.2%}',
+        caption='\n'.join(caption),
+        num_seen=measured.num_seen,
+        report=report,
+        marked=marked,
+    )
 
 
 def panel_names(prefixes: Sequence[str]) -> list[str]:
@@ -143,6 +167,7 @@ def plot_embeddings(
     caption: str,
     num_seen: int | None = None,
     plane: pictures.Plane | None = None,
+    marked: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Draw embeddings: a color and a name per class, crosses for unseen classes, equal axes.
 
@@ -162,6 +187,8 @@ def plot_embeddings(
         Number of classes seen in training, which are the first ones; by default all.
     plane
         The plane they are viewed in, by default :func:`common.pictures.viewing_plane`.
+    marked
+        Embeddings (d,) of further images, a star each, with a name beside it.
     """
     from matplotlib.patheffects import withStroke
 
@@ -186,6 +213,12 @@ def plot_embeddings(
             ax.scatter(*cluster.T, **style, color=color, alpha=0.5, rasterized=True, label=name)
             name_color = color if len(class_names) <= 10 else 0.7 * np.array(color)  # some are pale
             ax.text(*np.median(cluster, axis=0), name, color=name_color, **name_style)
+    for name, embedding in (marked or {}).items():
+        point = (embedding - plane.origin) @ plane.axes.T
+        ax.plot(*point, '*', ms=13, color='black', mec='white', mew=0.8, zorder=4)
+        outline = [withStroke(linewidth=2.5, foreground='white')]
+        beside = {'xytext': (6, 4), 'textcoords': 'offset points', 'fontsize': 9, 'zorder': 5}
+        ax.annotate(name, point, **beside, color='black', path_effects=outline)
     ax.set_aspect('equal', adjustable='datalim')
     inches = ax.get_window_extent().width / ax.figure.dpi
     ax.set_title(textwrap.fill(title, int(11.5 * inches)).replace(NO_BREAK, ' '))
@@ -214,6 +247,7 @@ def draw_embeddings(panels: Sequence[Panel], class_names: Sequence[str]) -> Figu
                 panel.title,
                 panel.caption,
                 panel.num_seen,
+                marked=panel.marked,
             )
     return figure
 
@@ -337,6 +371,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help='embed all of the training or of the test images (val is another name of test)',
     )
     parser.add_argument(
+        '--images',
+        nargs='+',
+        metavar='IMAGE',
+        help='mark images of your own by a star with their names: PNG, JPEG or TIFF files, folders '
+        'of them, or IDX files, prepared as by python -m tools.embed',
+    )
+    parser.add_argument(
         '--output',
         type=Path,
         metavar='FILE',
@@ -444,6 +485,7 @@ def main(argv: Sequence[str] = ()) -> None:
         pictures.check_output(output, '--animate', pictures.ANIMATIONS)
     else:
         pictures.check_output(output, '--output')
+    own = None
     with log_to_stderr(), pictures.picture_style():
         if args.curves:
             figure, report = draw_curves(args.curves)
@@ -453,8 +495,11 @@ def main(argv: Sequence[str] = ()) -> None:
             names = panel_names([prefix for prefix, _ in runs])
             digits = data.load_digits(args.dataset, args.data_dir)
             checkpoints = {prefix: Checkpoints(prefix) for prefix, _ in runs}
+            if args.images:
+                embedder = Embedder(*runs[-1])
+                own = load_images(args.images, embedder.dataset, embedder.image_shape)
             panels = [
-                make_panel(checkpoints[prefix], epoch, name, digits, args.split)
+                make_panel(checkpoints[prefix], epoch, name, digits, args.split, own)
                 for (prefix, epoch), name in progress(
                     list(zip(runs, names, strict=True)), 'embedding', 'checkpoint'
                 )
@@ -468,6 +513,8 @@ def main(argv: Sequence[str] = ()) -> None:
             pictures.save_picture(figure, output)
     # After the picture is written, so that a closed pipe costs no picture.
     print(*report, f'wrote {output}', sep='\n')
+    if own is not None:
+        own.check_complete()
 
 
 if __name__ == '__main__':

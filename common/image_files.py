@@ -1,9 +1,9 @@
 """Files of images of one's own: found, read, and prepared for a network."""
 
 from collections.abc import Iterable
-import logging
 import os
 from pathlib import Path
+import sys
 from typing import NamedTuple
 import warnings
 
@@ -33,19 +33,20 @@ class OwnImages(NamedTuple):
         uint8 (N, height, width), as the network takes them.
     num_inverted
         How many had dark digits on a light ground.
-    num_failed
-        How many files could not be read; each was named in a warning.
+    failures
+        A sentence for each file that could not be read.
     """
 
     names: list[str]
     images: np.ndarray
     num_inverted: int
-    num_failed: int
+    failures: list[str]
 
     def check_complete(self) -> None:
-        """Raise a Failure, which ends a script with status 1, if a file could not be read."""
-        if self.num_failed:
-            raise Failure(f'{self.num_failed} of the files, named above, could not be read')
+        """Name on stderr what could not be read; raise a Failure, status 1, if there is any."""
+        if self.failures:
+            print(*self.failures, sep='\n', file=sys.stderr)
+            raise Failure(f'left out what could not be read, {len(self.failures)} in all')
 
 
 def load_images(
@@ -68,7 +69,7 @@ def load_images(
     Raises
     ------
     InputError
-        If nothing could be read. What else could not be read is named in a warning.
+        If nothing could be read.
     """
     is_digit = dataset in HANDWRITTEN and image_shape == (FRAME, FRAME)
     names, images, failures, num_inverted = [], [], [], 0
@@ -87,9 +88,7 @@ def load_images(
             failures.append(str(error))
     if not images:
         raise InputError('; '.join(failures[:3]) + ('; ...' if len(failures) > 3 else ''))
-    for failure in failures:
-        logging.warning('%s; left out', failure)
-    return OwnImages(names, np.stack(images), num_inverted, len(failures))
+    return OwnImages(names, np.stack(images), num_inverted, failures)
 
 
 def find_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
