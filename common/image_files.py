@@ -46,7 +46,7 @@ class OwnImages(NamedTuple):
         """Name on stderr what could not be read; raise a Failure, status 1, if there is any."""
         if self.failures:
             print(*self.failures, sep='\n', file=sys.stderr)
-            raise Failure(f'left out what could not be read, {len(self.failures)} in all')
+            raise Failure(f'{len(self.failures)} of the files could not be read and were left out')
 
 
 def load_images(
@@ -151,7 +151,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     except MemoryError:
         reason = 'it does not fit in memory'
     except Exception as error:  # Pillow's readers of damaged files raise errors of any kind
-        reason = f'damaged, or of an unknown kind ({error})'
+        reason = f'it cannot be read: {error}'
     raise InputError(f'{printable(path)}: {reason}')
 
 

@@ -15,7 +15,14 @@ from tools.measuring import Report, Training, TrainingProcess
 from tools.operator_forms import with_operator
 import train
 
-PROGRAMS = ['benchmark', 'benchmark_devices', 'benchmark_torch', 'many_classes', 'reproduce']
+PROGRAMS = [
+    'benchmark',
+    'benchmark_devices',
+    'benchmark_torch',
+    'embed',
+    'many_classes',
+    'reproduce',
+]
 
 
 @pytest.mark.slow
