@@ -1,5 +1,7 @@
 """The documentation: its size, links, commands and examples."""
 
+import ast
+import gzip
 import importlib
 import importlib.util
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 
 from common.environment import mx
 from common.command_line import ArgumentParser
+from common.embedder import Embedder
+import data
 import train
 import vis
 
@@ -144,3 +148,36 @@ def test_readme_examples():
     names = {'mx': mx, 'embed': embed, 'classify': classify, 'cross_entropy': cross_entropy}
     exec(gluon_example, {**names, 'images': mx.nd.array(images), 'labels': mx.nd.array(labels)})
     assert abs(embed.weight.grad().asnumpy()).max() > 0
+
+
+def python_blocks(page):
+    """The code of a page's blocks of Python."""
+    return re.findall(r'^```python\n(.*?)^```', (ROOT / 'docs' / page).read_text(), re.M | re.S)
+
+
+def test_emnist_is_prepared(in_own_folder):
+    """The lines undo what EMNIST did, here to the embedded digits."""
+    Path('gzip').mkdir()
+    digits = data.load_digits('mnist-5k')
+    parts = zip(('train', 'test'), (digits[:2], digits[2:4]), strict=True)
+    for part, (images, labels) in parts:
+        name = 'train' if part == 'train' else 't10k'
+        for kind, array in (('images-idx3', images.transpose(0, 2, 1)), ('labels-idx1', labels)):
+            raw = gzip.decompress((data.FOLDER / f'mnist-5k/{name}-{kind}-ubyte.gz').read_bytes())
+            header = raw[: len(raw) - array.size]
+            path = Path(f'gzip/emnist-balanced-{part}-{kind}-ubyte.gz')
+            path.write_bytes(gzip.compress(header + array.tobytes(), 1))
+    exec(python_blocks('own-data.md')[0], {})
+    assert data.load_digits('mnist-5k', 'emnist').source == 'emnist'
+
+
+@pytest.mark.slow
+def test_own_network(in_own_folder, capsys):
+    pytest.importorskip('sklearn')
+    example = python_blocks('own-data.md')[1]
+    assert len(example.splitlines()) < 40
+    exec(example, {})
+    assert ast.literal_eval(capsys.readouterr().out)['accuracy'] > 0.85
+    embedder = Embedder('digits8x8')
+    assert (embedder.dataset, embedder.image_shape) == ('digits 8x8', (8, 8))
+    assert embedder.rejection_distance > 0
