@@ -19,6 +19,7 @@ PROGRAMS = [
     'benchmark',
     'benchmark_devices',
     'benchmark_torch',
+    'demo',
     'embed',
     'many_classes',
     'reproduce',
