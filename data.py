@@ -210,6 +210,17 @@ def _dual_label(shape, dtype=np.float32):
     return [mx.io.DataDesc(name, shape, dtype) for name in ('softmax_label', 'center_label')]
 
 
+def _check_labels(labels, num_classes):
+    """Raise InputError for a label that is no class; any is one where ``num_classes`` is None."""
+    if num_classes is None:
+        return
+    valid = (labels >= 0) & (labels < num_classes) & (labels == np.trunc(labels))
+    if not valid.all():
+        raise InputError(
+            f'label {labels[~valid][0]:g} is not a whole number from 0 to {num_classes - 1}'
+        )
+
+
 class DualLabelIter(mx.io.DataIter):
     """Batches of images with their labels twice: ``softmax_label`` and ``center_label``.
 
@@ -224,6 +235,8 @@ class DualLabelIter(mx.io.DataIter):
         Shape of one image in a batch.
     batches_of_epoch
         ``batches_of_epoch(epoch)`` returns the positions of the images of each batch.
+    num_classes
+        K; if given, a label that is not a whole number from 0 to K - 1 raises an InputError here.
     """
 
     def __init__(
@@ -232,7 +245,9 @@ class DualLabelIter(mx.io.DataIter):
         labels: np.ndarray,
         input_shape: tuple[int, ...],
         batches_of_epoch: Callable[[int], Sequence[np.ndarray]],
+        num_classes: int | None = None,
     ):
+        _check_labels(labels, num_classes)
         self.images = images.reshape(len(images), *input_shape)
         self.labels = labels.astype(np.float32)
         self.batches_of_epoch = batches_of_epoch
@@ -320,13 +335,7 @@ class DualLabelWrapper(mx.io.DataIter):
         self.num_seen += size
         *data, label = (array[:size] for array in arrays)
         if self.num_classes is not None:
-            values = label.asnumpy()
-            valid = (values >= 0) & (values < self.num_classes) & (values == np.trunc(values))
-            if not valid.all():
-                raise InputError(
-                    f'label {values[~valid][0]:g} is not a whole number from 0 to '
-                    f'{self.num_classes - 1}'
-                )
+            _check_labels(label.asnumpy(), self.num_classes)
         return mx.io.DataBatch(data, [label, label], pad=0)
 
     def _read(self):

@@ -6,7 +6,6 @@ import contextlib
 import io
 import math
 import os
-from pathlib import Path
 import signal
 import sys
 import threading
@@ -110,12 +109,15 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
     sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
     try:
         main(sys.argv[1:])
-    except (Failure, MemoryError, mx.MXNetError) as error:
-        if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
-            error = Failure('there is too little memory: end other programs, or take less at once')
-        if not isinstance(error, Failure):
+    except Failure as failure:
+        failure.exit_script()
+    except (MemoryError, mx.MXNetError) as error:
+        if not isinstance(error, MemoryError) and not any(
+            text in str(error) for text in OUT_OF_MEMORY
+        ):
             raise
-        print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr)
-        sys.exit(error.exit_status)
+        Failure(
+            'there is too little memory: end other programs, or take less at once'
+        ).exit_script()
     except KeyboardInterrupt as stop:
         sys.exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))

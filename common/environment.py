@@ -14,6 +14,9 @@ import warnings
 
 import numpy as np
 
+from common.errors import InputError
+from common.mxnet_build import import_mxnet
+
 __all__ = ['ROLE', 'THREADS_CHOSEN_BY_USER', 'available_cpus', 'mx']
 
 
@@ -61,13 +64,20 @@ if not THREADS_CHOSEN_BY_USER:
         os.environ.setdefault('GOMP_SPINCOUNT', '3000' if ROLE is None else '0')
 # No line on stderr at every bind about the operators that MXNet fuses.
 os.environ.setdefault('MXNET_SUBGRAPH_VERBOSE', '0')
+# In the GPU build: no operators fused by NVRTC 11.7, which wants a new driver and does not know
+# Ada; no convolutions chosen by timing them, with a line on stderr; no line where there is no GPU.
+for _name in ('USE_FUSION', 'CUDNN_AUTOTUNE_DEFAULT', 'CUDA_LIB_CHECKING'):
+    os.environ.setdefault(f'MXNET_{_name}', '0')
 # Every worker updates its own weights from the summed gradient, so that the optimizer's state lives
 # in this process, where a checkpoint can save it.
 os.environ['MXNET_UPDATE_ON_KVSTORE'] = '0'
 
 with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # deprecated Python and NumPy features in MXNet's own code
-    import mxnet as mx
+    try:
+        mx = import_mxnet()
+    except InputError as error:  # before run_script could report it
+        error.exit_script()
 
 if ROLE is not None:
     os.environ['DMLC_ROLE'] = ROLE

@@ -1,10 +1,19 @@
 """The errors that end a script with one sentence on stderr instead of a traceback."""
 
+from pathlib import Path
+import sys
+from typing import NoReturn
+
 
 class Failure(Exception):
     """What ends a script. The text is one sentence: what was wrong, which value, what to do."""
 
     exit_status = 1
+
+    def exit_script(self) -> NoReturn:
+        """Print the sentence as one line on stderr, and end the script with the exit status."""
+        print(f'{Path(sys.argv[0]).name}: error: {self}', file=sys.stderr)
+        sys.exit(self.exit_status)
 
 
 class InputError(Failure, ValueError):

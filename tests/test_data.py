@@ -450,6 +450,14 @@ def test_wrapper_ignores_labels_in_the_padding():
     assert sum(len(batch.label[0]) for batch in wrapped) == 80
 
 
+@pytest.mark.parametrize('label', [4, -1, 1.5, np.nan])
+def test_label_that_is_no_class(label):
+    images, labels = np.zeros((3, 2, 2), np.uint8), np.array([0, 3, label])
+    with pytest.raises(InputError, match=f'^label {label:g} is not a whole number from 0 to 3$'):
+        DualLabelIter(images, labels, (4,), lambda epoch: [np.arange(3)], num_classes=4)
+    DualLabelIter(images, np.array([0, 3, 1], np.uint8), (4,), lambda epoch: [np.arange(3)], 4)
+
+
 @pytest.mark.parametrize(
     'label',
     [None, VALUES[:, None].repeat(2, 1), {'a': VALUES, 'b': VALUES}],

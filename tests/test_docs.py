@@ -21,7 +21,9 @@ import vis
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 README = PAGES[0].read_text()
-TEST_COMMAND = '    pip install -r tests/requirements.txt && python -m pytest tests\n'
+TEST_COMMAND = (
+    '    pip install -r tests/requirements.txt -r requirements.txt && python -m pytest tests\n'
+)
 
 
 def anchors(page):

@@ -445,15 +445,6 @@ def test_mistake_in_a_program():
         assert isinstance(error.value, ValueError)
 
 
-@pytest.mark.skipif(mx.runtime.Features().is_enabled('CUDA'), reason='this MXNet has CUDA')
-def test_gpu_without_cuda(main):
-    with pytest.raises(
-        InputError, match=r'--gpus=0: .*built for the CPU alone; install .*mxnet-cu'
-    ):
-        main('--gpus=0')
-    assert os.listdir() == []
-
-
 def test_devices():
     assert choose_devices() == [mx.cpu(0)]
     assert choose_devices([], [0, 2]) == [mx.cpu(0), mx.cpu(2)]
