@@ -2,7 +2,8 @@
 
 Some settings take effect only if they are there when MXNet is loaded: NumPy's old aliases, the
 number of OpenMP threads, the role in a distributed run. ``from common.environment import mx`` puts
-them in place first. ``center_loss.py`` needs none of this and imports MXNet itself.
+them in place first; where MXNet does not load, it ends the script with one sentence.
+``center_loss.py`` needs none of this and imports MXNet itself.
 """
 
 import atexit
