@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from pathlib import Path
 import shutil
 import subprocess
 
@@ -10,6 +11,7 @@ import pytest
 
 from common.environment import mx
 from center_loss import CenterLossGPU
+from common.array_file import encode_arrays
 from common.devices import choose_devices
 from common.errors import InputError
 from helpers import ROOT, assert_same_checkpoints, run_python, train_small
@@ -275,12 +277,17 @@ def test_run_moves_to_other_devices(in_own_folder):
     """Nothing in a checkpoint is on the device that it was trained on."""
     options = {'average_weights': 0.5, 'num_examples': 200}
     train_small(save_model_prefix='whole', **options)
-    train_small(save_model_prefix='moved', num_epochs=2, devices=[mx.cpu(3)], **options)
-    for kind in ('params', 'resume'):
-        arrays = mx.nd.load(f'moved-0002.{kind}')
-        assert {array.context for array in arrays.values()} == {mx.cpu(0)}
+    module = train_small(save_model_prefix='moved', num_epochs=2, devices=[mx.cpu(3)], **options)
+    saved = [*module.get_params(), module.optimizer_state()]
+    assert {array.context for arrays in saved for array in arrays.values()} == {mx.cpu(0)}
     train_small(save_model_prefix='moved', resume=True, devices=[mx.cpu(0)], **options)
     assert_same_checkpoints('moved', 'whole', [1, 2, 3])
+
+
+def test_file_names_no_device(in_own_folder):
+    written = encode_arrays({'x': mx.nd.ones(2, ctx=mx.cpu(3))})
+    Path('x').write_bytes(b''.join(written))
+    assert mx.nd.load('x')['x'].context == mx.cpu(0)
 
 
 def test_requirements():
