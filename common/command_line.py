@@ -112,9 +112,7 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
     except Failure as failure:
         failure.exit_script()
     except (MemoryError, mx.MXNetError) as error:
-        if not isinstance(error, MemoryError) and not any(
-            text in str(error) for text in OUT_OF_MEMORY
-        ):
+        if isinstance(error, mx.MXNetError) and not any(t in str(error) for t in OUT_OF_MEMORY):
             raise
         Failure(
             'there is too little memory: end other programs, or take less at once'

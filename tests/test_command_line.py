@@ -113,6 +113,7 @@ def test_help_shows_defaults(capsys):
         (None, None, ''),
         (InputError('a mistake'), 2, 'tool.py: error: a mistake\n'),
         (Failure('no luck'), 1, 'tool.py: error: no luck\n'),
+        (InputError('mnist is unavailable'), 2, 'tool.py: error: mnist is unavailable\n'),
         (Diverged('x is nan', 'epoch 1'), 1, 'tool.py: error: training diverged: x is nan in epo'),
         (MemoryError(), 1, 'tool.py: error: there is too little memory'),
         (mx.MXNetError('Failed to allocate CPU Memory'), 1, 'tool.py: error: there is too little'),
