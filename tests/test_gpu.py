@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 import shutil
 import subprocess
+import types
 
 import numpy as np
 import pytest
@@ -237,7 +238,8 @@ def test_gpus_compute_the_plain_network(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train.main(argv)
         assert ('compute_network' in seen) == vectorized
-        operations = seen['network'].get_internals().list_outputs()
+        digits = types.SimpleNamespace(data_facts={'class_names': tuple('0123456789')})
+        operations = seen['network'](digits).get_internals().list_outputs()
         assert 'conv1_output' in operations and 'image_three_times_output' not in operations
 
 
