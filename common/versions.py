@@ -10,7 +10,23 @@ import numpy as np
 
 from common.environment import mx
 
-INSTRUCTION_SETS = ('avx512f', 'avx2', 'avx')
+INSTRUCTION_SETS = ('avx512f', 'avx2', 'avx')  # the widest first
+
+
+@functools.cache
+def instruction_set() -> str:
+    """Return the widest vectors that oneDNN uses on this processor; 'sse' is the narrowest.
+
+    DNNL_MAX_CPU_ISA, where it is set, forbids wider ones: AVX2, say, or AVX512_CORE.
+    """
+    cpuinfo = Path('/proc/cpuinfo')
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    most = os.environ.get('DNNL_MAX_CPU_ISA', '').lower().split('_')[0].replace('avx512', 'avx512f')
+    if most in INSTRUCTION_SETS:
+        flags = set(flags).difference(INSTRUCTION_SETS[: INSTRUCTION_SETS.index(most)])
+    elif most.startswith('sse'):
+        flags = ()
+    return next((name for name in INSTRUCTION_SETS if name in flags), 'sse')
 
 
 @functools.cache
@@ -22,13 +38,11 @@ def versions() -> dict[str, str]:
     root = Path(__file__).resolve().parent.parent
     sources = sorted([*root.glob('*.py'), *root.glob('common/*.py')])
     program = hashlib.sha256(b''.join(path.read_bytes() for path in sources))
-    cpuinfo = Path('/proc/cpuinfo')
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
     return {
         'program': program.hexdigest()[:12],
         'python': platform.python_version(),
         'numpy': np.__version__,
         'mxnet': mx.__version__,
-        'instruction_set': next((name for name in INSTRUCTION_SETS if name in flags), 'sse'),
+        'instruction_set': instruction_set(),
         'threads': os.environ['OMP_NUM_THREADS'],
     }

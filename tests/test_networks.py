@@ -1,11 +1,14 @@
 """LeNet and LeNet++: shapes, what they compute, and their vectorized forms."""
 
+from pathlib import Path
+
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 import pytest
 
 from common.environment import mx
 from common import vectorized
+from common.versions import instruction_set
 from helpers import digits
 import train
 
@@ -41,6 +44,32 @@ def head_shapes(features, num_classes=10, dimension=2):
     }
 
 
+@pytest.fixture(params=[8, 16])
+def block(request, monkeypatch):
+    """The vectorized forms with blocks of channels as for AVX2, and as for AVX-512."""
+    monkeypatch.setattr(vectorized, 'BLOCK', request.param)
+
+
+@pytest.mark.parametrize(
+    'limit, flags, expected',
+    [
+        ('', 'avx avx2 avx512f', 'avx512f'),
+        ('', 'avx avx2', 'avx2'),
+        ('ALL', 'avx avx2 avx512f', 'avx512f'),
+        ('AVX512_CORE', 'avx avx2 avx512f', 'avx512f'),
+        ('AVX512_CORE', 'avx avx2', 'avx2'),
+        ('AVX2', 'avx avx2 avx512f', 'avx2'),
+        ('AVX', 'avx avx2 avx512f', 'avx'),
+        ('SSE41', 'avx avx2 avx512f', 'sse'),
+        ('', 'fpu', 'sse'),
+    ],
+)
+def test_instruction_set(limit, flags, expected, monkeypatch):
+    monkeypatch.setenv('DNNL_MAX_CPU_ISA', limit)
+    monkeypatch.setattr(Path, 'read_text', lambda path: f'flags : {flags} end')
+    assert instruction_set.__wrapped__() == expected
+
+
 @pytest.mark.parametrize('vectorized', [False, True])
 @pytest.mark.parametrize(
     'network, options, parameters',
@@ -53,7 +82,7 @@ def head_shapes(features, num_classes=10, dimension=2):
         ),
     ],
 )
-def test_shapes(network, options, parameters, vectorized):
+def test_shapes(network, options, parameters, vectorized, block):
     symbol = train.get_symbol(network=network, **options, vectorized=vectorized)
     shapes, outputs, centers = symbol.infer_shape(data=(7, 1, 28, 28))
     inputs = {'data': (7, 1, 28, 28), 'softmax_label': (7,), 'center_label': (7,)}
@@ -171,7 +200,7 @@ def test_features_are_those_of_the_paper(network, in_numpy):
         ('lenet++', 4, {}),
     ],
 )
-def test_vectorized_equals_plain(network, batch_size, options):
+def test_vectorized_equals_plain(network, batch_size, options, block):
     """Outputs, gradients of all parameters and of the image, and centers after the step."""
     images, labels = digits(batch_size)
     symbols = [
