@@ -236,3 +236,7 @@ class Embedder:
                 'finite: choose an earlier epoch'
             )
         return embeddings, logits
+
+    def network(self) -> tuple[mx.sym.Symbol, dict, dict]:
+        """Return the network up to embedding and logits, its weights and its other states."""
+        return (self._module.symbol, *self._module.get_params())

@@ -15,15 +15,9 @@ from tools.measuring import Report, Training, TrainingProcess
 from tools.operator_forms import with_operator
 import train
 
-PROGRAMS = [
-    'benchmark',
-    'benchmark_devices',
-    'benchmark_torch',
-    'demo',
-    'embed',
-    'many_classes',
-    'reproduce',
-]
+PROGRAMS = sorted(
+    path.stem for path in (ROOT / 'tools').glob('*.py') if 'def main(' in path.read_text()
+)
 
 
 @pytest.mark.slow
