@@ -74,6 +74,12 @@ def test_facts_of_a_run(run, sample):
     assert 'inference' not in Checkpoints(run).load(3).options
 
 
+def test_facts_of_the_data():
+    train, _ = data.mnist_iterator(50, dataset='mnist-5k', num_classes=6)
+    facts = {'dataset': 'mnist-5k', 'class_names': list('012345'), 'image_shape': [28, 28]}
+    assert train.data_facts == facts
+
+
 def test_older_checkpoint(run, sample):
     """Without the facts: MNIST is assumed, and nothing is like none of the classes."""
     saved = Checkpoints(run).load(3)

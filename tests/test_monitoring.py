@@ -9,6 +9,7 @@ from common.environment import mx
 from common.monitoring import (
     COLLAPSED,
     Diverged,
+    OwnDistance,
     TrainingMonitor,
     WidestDifference,
     check_not_diverged,
@@ -99,6 +100,14 @@ def test_widest_difference_is_over_all_batches(value, collapsed):
     difference.reset()
     difference.update([], [mx.nd.array([[0.9, 0.1], [0.8, 0.2]])])
     assert difference.get()[1] == pytest.approx(0.2, abs=1e-6)
+
+
+def test_own_distance_is_over_all_batches():
+    distances = np.random.default_rng(0).random(130)
+    measured = OwnDistance()
+    for batch in np.split(distances, [50, 100]):
+        measured.update([], [mx.nd.array(batch**2 / 2)])
+    assert measured.get()[1] == pytest.approx(np.percentile(distances, 99), rel=1e-5)
 
 
 SOUND = {'accuracy': 0.5, 'cross-entropy': 1.0, 'center_loss': 2.0}
