@@ -58,6 +58,7 @@ def test_rendered_digits(embedder):
 
 
 def test_photographed_digits(embedder):
+    """Of digits that the network was trained on: docs/embed.md has its accuracy on others."""
     rng, sample = np.random.default_rng(0), data.load_digits('mnist-5k')
     images = [prepare_digit(like_a_photograph(image, rng)) for image in sample.val_images[:100]]
     assert np.mean(embedder(np.stack(images)).classes == sample.val_labels[:100]) >= 0.95
