@@ -186,7 +186,7 @@ def test_own_network(in_own_folder, capsys, monkeypatch):
     example = python_blocks('own-data.md')[1]
     assert len(example.splitlines()) < 40
     exec(example, {})
-    assert ast.literal_eval(capsys.readouterr().out)['accuracy'] > 0.85
+    assert ast.literal_eval(capsys.readouterr().out)['accuracy'] > 0.7
     embedder = Embedder('digits8x8')
     assert (embedder.dataset, embedder.image_shape) == ('digits 8x8', (8, 8))
     assert embedder.rejection_distance > 0
