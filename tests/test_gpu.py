@@ -305,5 +305,6 @@ def test_requirements():
     assert files['requirements.txt'] == {*common, 'mxnet==1.9.1'}
     gpu = files['requirements-gpu.txt'] - common
     assert 'mxnet-cu117==1.9.1' in gpu and len(gpu) == 11 and all('==' in line for line in gpu)
-    assert not any(word in line for line in files['tests'] for word in ('-r', 'mxnet'))
-    assert not any('mxnet' in line for line in files['requirements-common.txt'])
+    assert {line for line in files['tests'] if '-r' in line} == {'-r ../requirements-onnx.txt'}
+    for name in ('tests', 'requirements-onnx.txt', 'requirements-common.txt'):
+        assert not any('mxnet' in line for line in files[name])
