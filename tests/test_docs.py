@@ -26,7 +26,6 @@ README = PAGES[0].read_text()
 TEST_COMMAND = (
     'pip install -r tests/requirements.txt -r requirements.txt && python -m pytest -n auto tests'
 )
-)
 
 
 def anchors(page):
