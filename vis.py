@@ -44,11 +44,11 @@ from tqdm import tqdm
 from common import pictures
 from common.checkpoints import Checkpoints
 from common.command_line import ArgumentParser, number, run_script
+from common.curves import draw_curves
 from common.embedder import Embedder
 from common.errors import InputError
 from common.evaluation import FALSE_ACCEPTS, center_loss_weight, embed, evaluate
 from common.image_files import OwnImages, load_images
-from common.log_reader import METRICS, read_log, validation_images
 import data
 
 if TYPE_CHECKING:
@@ -285,65 +285,6 @@ def animate(panels: Sequence[Panel], class_names: Sequence[str], path: Path) -> 
     figure.canvas.draw()
     figure.set_layout_engine('none')  # the panel stays where the last frame has it
     pictures.save_animation(figure, draw, progress(panels, 'rendering', 'frame'), path)
-
-
-def draw_curves(paths: Sequence[str]) -> tuple[Figure, list[str]]:
-    """Draw the metrics of logs over the epochs: a color for each log, dashed for training.
-
-    Returns
-    -------
-    figure : matplotlib.figure.Figure
-        With a panel for every metric that is in one of the logs; accuracy in any case.
-    report : list of str
-        A line about the last epoch of each log.
-    """
-    logs = [read_log(path) for path in paths]
-    logged = {metric for log in logs for _, metric in log} | {'accuracy'}
-    metrics = [metric for metric in METRICS if metric in logged]
-    figure, (axes,) = pictures.new_figure(1, len(metrics), 6.5 if len(metrics) < 3 else 5.5, 5)
-    report = []
-    for path, log, color in zip(paths, logs, pictures.distinct_colors(len(logs)), strict=True):
-        names = {'Train': 'training', 'Validation': validation_images(path)}
-        for (ax, metric), split in itertools.product(zip(axes, metrics, strict=True), names):
-            curve = log.get((split, metric), {})
-            style = {'ls': '--', 'alpha': 0.7} if split == 'Train' else {'marker': 'o', 'ms': 3.5}
-            label = f'{path}, {names[split]} images'
-            ax.plot(list(curve), list(curve.values()), color=color, label=label, **style)
-        last = [
-            f'{names[split]} {metric.replace("_", " ")} {list(curve.values())[-1]:.4f}'
-            for (split, metric), curve in log.items()
-        ]
-        report.append(f'{path}: {max(map(max, log.values()))} epochs, last: {", ".join(last)}')
-    for ax, metric in zip(axes, metrics, strict=True):
-        style_curves(ax, metric)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc='outside lower center',
-        ncols=min(len(logs), 3),
-        frameon=False,
-        fontsize=11,
-    )
-    return figure, report
-
-
-def style_curves(ax: Axes, metric: str) -> None:
-    """Label a panel of curves and choose its scale."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    ax.set(title=metric.replace('_', ' '), xlabel='epoch')
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    if metric == 'accuracy':
-        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-        # The first epochs would press the others against the upper edge.
-        ends = [line.get_ydata()[-1] for line in ax.get_lines() if len(line.get_ydata())]
-        bottom = 1 - 5 * (1 - min(ends, default=0))
-        if bottom > ax.get_ylim()[0]:
-            ax.set_ylim(bottom, 1 + 0.04 * (1 - bottom))
-    elif any(value > 0 for line in ax.get_lines() for value in line.get_ydata()):
-        ax.set_yscale('log')  # the loss of one run may be a hundred times that of another
-        ax.yaxis.set_major_formatter('{x:g}')
-        ax.yaxis.set_minor_formatter(lambda x, position: f'{x:g}' if f'{x:e}'[0] in '235' else '')
-        ax.grid(which='minor')
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

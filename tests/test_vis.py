@@ -19,9 +19,9 @@ from test_evaluation import embed_by_hand, network, save_untrained, statistics_b
 
 from common.environment import mx
 from common import pictures
+from common.curves import draw_curves, read_log, validation_images
 from common.errors import Failure, InputError
 from common.evaluation import verify_unseen
-from common.log_reader import read_log, validation_images
 import data
 from helpers import ROOT, logged, run_python
 import train
@@ -579,7 +579,7 @@ def test_accuracy_limits(tmp_path):
         for epoch, accuracy in enumerate([0.1, 0.8, 0.97, 0.98])
     ]
     (tmp_path / 'log.txt').write_text(''.join(lines))
-    figure, _ = vis.draw_curves(['log.txt'])
+    figure, _ = draw_curves(['log.txt'])
     bottom, top = figure.axes[0].get_ylim()
     assert bottom == pytest.approx(0.9) and 1 < top < 1.01
 

@@ -30,10 +30,10 @@ from tqdm import tqdm
 from common.environment import THREADS_CHOSEN_BY_USER, available_cpus
 from common.checkpoints import Checkpoints
 from common.command_line import ArgumentParser, number, run_script
+from common.curves import read_log
 from common.errors import Failure, InputError
 from common.evaluation import evaluate
 from common.files import replace_when_whole
-from common.log_reader import read_log
 from data import DATASETS, load_digits
 from tools.experiments import ANIMATED, NUM_SEEDS, PARTS, PICTURES, RUNS
 from train import parse_args
