@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 README = PAGES[0].read_text()
 TEST_COMMAND = (
-    'pip install -r tests/requirements.txt -r requirements.txt && python -m pytest -n auto tests'
+    'pip install -r tests/requirements.txt -r requirements.txt '
+    '&& python -m pytest -n auto --dist=loadfile tests'
 )
 
 

@@ -128,6 +128,7 @@ def test_benchmark_torch():
     for form in benchmark_torch.FORMS:
         result = run_python('-m', 'tools.benchmark_torch', form, '--epochs=1', cwd=ROOT)
         assert float(result.stdout) > 0, result.stderr
+    benchmark.measure_operator(Report(1), None)
 
 
 @pytest.mark.slow

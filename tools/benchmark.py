@@ -35,7 +35,7 @@ from common.command_line import ArgumentParser, number, run_script
 from common.files import replace_when_whole
 from common.versions import versions
 from data import load_digits
-from tools.benchmark_torch import FORMS
+from tools.benchmark_torch import FORMS, OPERATOR_FORMS, OPERATOR_STEPS
 from tools.measuring import LABELS, ROOT, Report, Training, TrainingProcess, run_python
 from tools.operator_forms import operator_step, with_operator
 from train import VECTORIZED_NETWORKS, get_symbol
@@ -128,15 +128,47 @@ def measure_loop(report: Report, args: argparse.Namespace) -> None:
     report.add('images/s, ours over the per-sample loop, batch 128', seconds[1] / seconds[0])
 
 
+def copy_bandwidth() -> float:
+    """Return the bytes per second that this machine reads and writes while it copies memory."""
+    source = np.ones(2**25, np.float32)
+    target = np.empty_like(source)
+    seconds = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * source.nbytes / np.median(seconds[1:])
+
+
 def measure_operator(report: Report, args: argparse.Namespace) -> None:
-    """Measure the operator by itself, and its other forms."""
-    for shape in ((128, 2, 10), (256, 128, 1000)):
+    """Measure the operator by itself, its other forms, and PyTorch's.
+
+    A step has to read the embeddings, and the centers of the labels, to write the gradient, and to
+    read and write these centers once more: 5 B d numbers. At the speed of a copy that is the least
+    time that it could take.
+    """
+    has_torch = importlib.util.find_spec('torch') is not None
+    for shape in ((128, 2, 10), (256, 128, 1000), (256, 512, 1_000_000)):
+        batch_size, dim, num_class = shape
         names = ('centerloss', 'centerloss_empty', 'centerloss_nd')
         steps = [operator_step(name, *shape) for name in names]
-        ours, empty, nd = report.interleave(*steps, rounds=20, times=50)
+        rounds, times = (20, 50) if num_class < 10**6 else (10, 10)
+        ours, empty, nd = report.interleave(*steps, rounds=rounds, times=times)
         report.add(f'operator, forward and backward, (B, d, K) = {shape}', 1e3 * ours, 'ms')
         report.add('    an operator that does nothing', 1e3 * empty, 'ms')
+        limit = 4 * 5 * batch_size * dim / copy_bandwidth()
+        report.add('    share of the limit by memory traffic', limit / ours)
         report.add('    with mx.nd operations over on direct memory', nd / ours)
+        forms = [form for form in OPERATOR_FORMS if form == 'gather' or num_class < 10**6]
+        for form in forms if has_torch else ():
+            options = [form, '--shape', *map(str, shape)]
+            with TrainingProcess('tools.benchmark_torch', *options) as torch:
+                own, theirs = report.interleave(
+                    lambda step=steps[0]: [step() for _ in range(OPERATOR_STEPS)],
+                    torch,
+                    rounds=rounds if num_class < 10**6 else 3,
+                )
+            report.add(f'    PyTorch, {OPERATOR_FORMS[form]}, over ours', theirs / own)
     steps = [operator_step(name, 128, 2, 10) for name in ('centerloss', 'centerloss_loop')]
     ours, loop = report.interleave(*steps, rounds=7, times=3)
     report.add('operator, per-sample loop over ours, (B, d, K) = (128, 2, 10)', loop / ours)
@@ -144,16 +176,22 @@ def measure_operator(report: Report, args: argparse.Namespace) -> None:
 
 def measure_classes(report: Report, args: argparse.Namespace) -> None:
     """Measure the operator with a million classes, of which a batch has most once at most."""
-    shape = (256, 512, 1_000_000)
-    few, many = operator_step('centerloss', 256, 512, 1000), operator_step('centerloss', *shape)
+    labels = np.random.default_rng(0).integers(1000, size=256)
+    few, many = (operator_step('centerloss', 256, 512, k, labels) for k in (1000, 1_000_000))
     reduceat = operator_step('centerloss_reduceat', 256, 512, 100_000)
-    few, ours, reduceat = report.interleave(few, many, reduceat, rounds=20, times=30)
-    report.add(f'operator, forward and backward, (B, d, K) = {shape}', 1e3 * ours, 'ms')
-    report.add('    K = 1,000,000 over K = 1,000', ours / few)
-    report.add('    with one reduceat over the sums of all classes over ours', reduceat / ours)
+    ours = operator_step('centerloss', 256, 512, 100_000)
+    seconds = report.interleave(few, many, ours, reduceat, rounds=20, times=30)
+    report.add(
+        'operator, K = 1,000,000 over K = 1,000, (B, d) = (256, 512)', seconds[1] / seconds[0]
+    )
+    report.add(
+        '    with one reduceat over the sums of all classes over ours', seconds[3] / seconds[2]
+    )
     tracemalloc.start()
     many()
+    size = 4 * 256 * 512 / 2**20
     report.add('    memory of a step', [tracemalloc.get_traced_memory()[1] / 2**20], 'MiB')
+    report.add('    a batch of embeddings', [size], 'MiB')
     tracemalloc.stop()
 
 

@@ -1,10 +1,12 @@
 """The same training in PyTorch, for ``tools.benchmark``.
 
-    python -m tools.benchmark_torch usual --epochs=5    prints the seconds of every epoch
+    python -m tools.benchmark_torch usual --epochs=5                   the seconds of every epoch
+    python -m tools.benchmark_torch mask --shape 128 2 10 --epochs=5   of 20 steps of the loss alone
 
 LeNet with softmax and center loss on the embedded digits, SGD with momentum, data and metrics
-included, as a careful PyTorch user would write it: no Python per sample. The number of threads is
-OMP_NUM_THREADS.
+included, as a careful PyTorch user would write it: no Python per sample. Or center loss alone,
+forward, backward and the step of the centers, in the two forms that are usual. The number of
+threads is OMP_NUM_THREADS.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +32,12 @@ FORMS = {
     'pooling-first': 'pooling before tanh, fused SGD',
     'channels-last': 'the same with channels_last',
 }
+# As in KaiyangZhou/pytorch-center-loss and in jxgu1016/MNIST_center_loss_pytorch.
+OPERATOR_FORMS = {
+    'mask': 'all distances (B, K), masked',
+    'gather': 'the centers of the labels, Eq. 4 as a gradient (K, d)',
+}
+OPERATOR_STEPS = 20  # in what is timed as one
 
 
 def training(form: str) -> Callable[[], None]:
@@ -86,6 +94,46 @@ def training(form: str) -> Callable[[], None]:
     return train_epoch
 
 
+def operator_steps(form: str, batch_size: int, dim: int, num_class: int) -> Callable[[], None]:
+    """Return a function that makes ``OPERATOR_STEPS`` steps of center loss alone."""
+    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+    torch.manual_seed(0)
+    x = torch.randn(batch_size, dim, requires_grad=True)
+    label = torch.randint(num_class, (batch_size,))
+    centers = torch.zeros(num_class, dim, requires_grad=True)
+    optimizer = torch.optim.SGD([centers], lr=ALPHA)
+
+    class Gathered(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x, label, centers):
+            context.save_for_backward(x, label, centers)
+            return (x - centers[label]).square().sum() / 2 / batch_size
+
+        @staticmethod
+        def backward(context, gradient):
+            x, label, centers = context.saved_tensors
+            difference = centers[label] - x
+            count = centers.new_ones(num_class).scatter_add_(0, label, torch.ones(batch_size))
+            step = torch.zeros_like(centers).index_add_(0, label, difference)
+            return -gradient * difference / batch_size, None, step / count[:, None]
+
+    def masked():
+        distances = x.square().sum(1, keepdim=True) + centers.square().sum(1)  # (B, K)
+        distances = distances.addmm(x, centers.t(), alpha=-2)
+        mask = label[:, None] == torch.arange(num_class)
+        return (distances * mask).clamp(1e-12, 1e12).sum() / batch_size
+
+    def train():
+        for _ in range(OPERATOR_STEPS):
+            x.grad = None
+            optimizer.zero_grad(set_to_none=True)
+            loss = masked() if form == 'mask' else Gathered.apply(x, label, centers)
+            loss.backward()
+            optimizer.step()
+
+    return train
+
+
 def training_images() -> tuple:
     """Return the embedded digits, uint8 (N, 1, 28, 28), and their labels, int64 (N,)."""
     digits = load_digits('mnist-5k')
@@ -104,7 +152,15 @@ def main(argv: Sequence[str] = ()) -> None:
         prog='python -m tools.benchmark_torch',
         description='Train LeNet with center loss in PyTorch.',
     )
-    parser.add_argument('form', choices=list(FORMS))
+    parser.add_argument('form', choices=[*FORMS, *OPERATOR_FORMS])
+    parser.add_argument(
+        '--shape',
+        nargs=3,
+        type=number(int, minimum=1),
+        default=[128, 2, 10],
+        metavar=('B', 'D', 'K'),
+        help='images of a batch, dimension, classes, of center loss alone (default: 128 2 10)',
+    )
     parser.add_argument(
         '--epochs',
         type=number(int, minimum=1),
@@ -114,11 +170,12 @@ def main(argv: Sequence[str] = ()) -> None:
     args = parser.parse_args(list(argv))
     if torch is None:
         raise InputError('PyTorch is not installed: pip install torch')
-    train_epoch = training(args.form)
+    is_network = args.form in FORMS
+    train_epoch = training(args.form) if is_network else operator_steps(args.form, *args.shape)
     for _ in range(args.epochs) if args.epochs else sys.stdin:
         begin = time.perf_counter()
         train_epoch()
-        print(f'{time.perf_counter() - begin:.3f}', flush=True)
+        print(f'{time.perf_counter() - begin:.4f}', flush=True)
 
 
 if __name__ == '__main__':

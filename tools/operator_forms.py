@@ -72,8 +72,13 @@ def with_operator(network: mx.sym.Symbol, op_type: str) -> mx.sym.Symbol:
     return mx.sym.load_json(network.tojson().replace('"centerloss"', f'"{op_type}"'))
 
 
-def operator_step(op_type: str, batch_size: int, dim: int, num_class: int) -> Callable:
-    """Return a function that runs forward and backward of one form of the operator."""
+def operator_step(
+    op_type: str, batch_size: int, dim: int, num_class: int, labels: np.ndarray | None = None
+) -> Callable:
+    """Return a function that runs forward and backward of one form of the operator.
+
+    The labels, (B,), are random ones by default.
+    """
     rng = np.random.default_rng(0)
     symbol = mx.sym.Custom(
         data=mx.sym.var('data'),
@@ -84,7 +89,9 @@ def operator_step(op_type: str, batch_size: int, dim: int, num_class: int) -> Ca
     )
     executor = symbol.simple_bind(mx.cpu(), data=(batch_size, dim))
     executor.arg_dict['data'][:] = rng.normal(size=(batch_size, dim))
-    executor.arg_dict['label'][:] = rng.integers(num_class, size=batch_size)
+    executor.arg_dict['label'][:] = (
+        rng.integers(num_class, size=batch_size) if labels is None else labels
+    )
 
     def step():
         executor.forward(is_train=True)
