@@ -123,6 +123,7 @@ def mnist_iterator(
     seed: int = 0,
     num_examples: int | None = None,
     num_classes: int | None = None,
+    classes: Sequence[int] | None = None,
     validate_on: str = 'test',
     num_parts: int = 1,
     part_index: int = 0,
@@ -132,7 +133,7 @@ def mnist_iterator(
     Training: full batches in an order that depends on the seed and the epoch alone. Validation:
     every image once. Data that are unavailable or too few raise an InputError. ``train.data_facts``
     is what a checkpoint says of the data, for the use of the network: the name of the data set, the
-    names of its classes, the shape of its images.
+    classes that are used and their names, the shape of the images.
 
     Parameters
     ----------
@@ -144,8 +145,9 @@ def mnist_iterator(
         As in :func:`load_digits`.
     num_examples
         Train only on the first so many images (of the classes that are used).
-    num_classes
-        Use only the images of the classes 0 to ``num_classes`` - 1.
+    num_classes, classes
+        Use only the images of these classes, or of the classes 0 to ``num_classes`` - 1. A batch
+        has them as labels 0, 1, ..., in the order that is given.
     validate_on
         'test', or 'held-out': a sixth of the training images, the same for every seed, which are
         not trained on.
@@ -154,6 +156,16 @@ def mnist_iterator(
     """
     digits = load_digits(dataset, data_dir)
     images, labels, val_images, val_labels = digits[:4]
+    if classes is None:
+        classes = range(num_classes or len(digits.class_names))
+    if max(classes) >= len(digits.class_names):
+        raise InputError(
+            f'{digits.dataset} has the classes 0 to {len(digits.class_names) - 1}, and no class '
+            f'{max(classes)}'
+        )
+    positions = np.full(len(digits.class_names), -1)
+    positions[list(classes)] = np.arange(len(classes))
+    labels, val_labels = positions[labels], positions[val_labels]
     input_shape = (1, *images.shape[1:]) if input_shape is None else tuple(input_shape)
     if math.prod(input_shape) != images[0].size:
         raise InputError(f'input shape {input_shape} does not hold {_size(images)} pixels')
@@ -164,14 +176,8 @@ def mnist_iterator(
         val_images, val_labels, val_name = images, labels, 'held-out training images'
     elif validate_on != 'test':
         raise InputError(f'--validate-on={validate_on} is neither test nor held-out')
-    if num_classes is not None:
-        if num_classes > len(digits.class_names):
-            raise InputError(
-                f'--num-classes={num_classes}: {digits.dataset} has {len(digits.class_names)}'
-            )
-        index = index[labels[index] < num_classes]
-        val_index = val_index[val_labels[val_index] < num_classes]
-    index = index[:num_examples]
+    index = index[labels[index] >= 0][:num_examples]
+    val_index = val_index[val_labels[val_index] >= 0]
     num_batches = len(index) // (num_parts * batch_size)
     if num_batches == 0:
         total = num_parts * batch_size
@@ -181,8 +187,8 @@ def mnist_iterator(
             f'are to train on ({digits.dataset})'
         )
     if not len(val_index):
-        of_classes = '' if num_classes is None else f' of the classes 0 to {num_classes - 1}'
-        raise InputError(f'{digits.dataset} has no {val_name}{of_classes}')
+        named = ', '.join(map(str, classes))
+        raise InputError(f'{digits.dataset} has no {val_name} of the classes {named}')
     logging.info(
         f'data: {digits.dataset}, {len(index)} training images, validation on {len(val_index)} '
         f'{val_name}, from {digits.source}'
@@ -200,7 +206,8 @@ def mnist_iterator(
     train = DualLabelIter(images, labels, input_shape, shuffled)
     train.data_facts = {
         'dataset': digits.dataset,
-        'class_names': list(digits.class_names[:num_classes]),
+        'classes': list(classes),
+        'class_names': [digits.class_names[label] for label in classes],
         'image_shape': list(images.shape[1:]),
     }
     return train, DualLabelIter(val_images, val_labels, input_shape, each_once)

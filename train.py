@@ -5,7 +5,7 @@
     python train.py --center-loss-weight=0 --save-model-prefix=softmax    softmax only
     python train.py --recipe=original                    as the MXNet version of 2016 trains
     python train.py --network=lenet++ --no-bias          the paper's network for its figures
-    python train.py --num-classes=6 --embedding-dim=32   six digits only; vis.py verifies the others
+    python train.py --classes=0,2,5 --embedding-dim=32   three digits; vis.py verifies the others
     python train.py --gpus=0,1 --batch-size=256
     python train.py --num-workers=2 --batch-size=64      two workers, 128 images in every step
     python train.py --resume                             continue after a stop
@@ -266,6 +266,12 @@ def parse_args(argv: Sequence[str] = ()) -> argparse.Namespace:
         help='train and validate on the classes 0 to K-1 only (default: all): vis.py then shows '
         'how well the embedding separates the other ones',
     )
+    parser.add_argument(
+        '--classes',
+        type=class_list,
+        metavar='LIST',
+        help='the same with the classes of a list, such as 0,2,5',
+    )
 
     objective = parser.add_argument_group('network and objective')
     objective.add_argument(
@@ -325,6 +331,8 @@ def parse_args(argv: Sequence[str] = ()) -> argparse.Namespace:
     args = parser.parse_args(list(argv))
     if args.model_prefix is not None and args.load_epoch is None:
         parser.error('--model-prefix needs --load-epoch beside it')
+    if args.classes and args.num_classes:
+        parser.error('--classes and --num-classes both name the classes: give one of them')
     if args.gpus and args.cpus:
         parser.error('--gpus and --cpus both name the devices: give one of them')
     recipe = RECIPES.get((args.recipe, args.network))
@@ -348,6 +356,14 @@ def recipe_table() -> str:
     return '\n'.join(
         map(str.rstrip, ['defaults by recipe and network (B: the batch size):', *lines])
     )
+
+
+def class_list(text: str) -> list[int]:
+    """Convert an argparse value: '0,2,5' -> [0, 2, 5]."""
+    classes = [int(label) for label in text.split(',') if label.isdecimal()]
+    if len(classes) != text.count(',') + 1 or len({*classes}) < max(2, len(classes)):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of two or more classes')
+    return classes
 
 
 def initializer_name(text: str) -> str:
@@ -392,6 +408,7 @@ def main(argv: Sequence[str] = ()) -> None:
         seed=args.seed,
         num_examples=args.num_examples,
         num_classes=args.num_classes,
+        classes=args.classes,
         validate_on=args.validate_on,
     )
     if args.num_workers and ROLE is None:

@@ -17,18 +17,19 @@ Approach for Deep Face Recognition, ECCV 2016. Below each panel stand the test a
 measured in all d dimensions of the embedding. If d > 2, the picture shows the first two principal
 components.
 
-If a run was trained on some of the classes (train.py --num-classes), the others are drawn as
-crosses, and the accuracy is measured on the images of the classes seen in training. The open-set
-claim of the paper is then measured by verification: which pairs of images of unseen classes are of
-the same class, judged by the distance of their embeddings alone? AUC is the probability that a pair
-of one class is closer than a pair of two (0.5: chance); true accepts at 1% false accepts are the
-share of the pairs of one class within the distance that 1% of the pairs of two classes have.
+If a run was trained on some of the classes (train.py --classes or --num-classes), the others are
+drawn as crosses, and the accuracy is that on the images of the classes seen in training. The
+open-set claim of the paper is then measured by verification: which pairs of images of unseen
+classes are of the same class, judged by the distance of their embeddings alone? AUC is the
+probability that a pair of one class is closer than a pair of two (0.5: chance); true accepts at 1%
+false accepts are the share of the pairs of one class within the distance that 1% of the pairs of
+two classes have.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import itertools
 import logging
@@ -73,17 +74,17 @@ NOT_WITH = {
 class Panel(NamedTuple):
     """One panel: embeddings float32 (N, d), labels (N,), the title above and the caption below it.
 
-    ``num_seen`` is the number of classes seen in training (None: all), ``report`` what is printed,
-    ``marked`` the embeddings (d,) of other images by the names that are written beside them.
+    ``seen`` are the labels of the classes in training (None: all), ``report`` is what is printed,
+    ``marked`` are the names and embeddings (d,) of other images.
     """
 
     embeddings: np.ndarray
     labels: np.ndarray
     title: str
     caption: str
-    num_seen: int | None = None
+    seen: Sequence[int] | None = None
     report: str = ''
-    marked: Mapping[str, np.ndarray] | None = None
+    marked: Sequence[tuple[str, np.ndarray]] = ()
 
 
 def make_panel(
@@ -118,7 +119,7 @@ def make_panel(
         statistics.replace(', ', '    '),
     ]
     if measured.verification:
-        names = digits.class_names[measured.num_seen :]
+        names = [n for label, n in enumerate(digits.class_names) if label not in measured.seen]
         listed = ', '.join(names) if len(names) <= MAX_LISTED_CLASSES else f'{len(names)} classes'
         unseen = f'unseen in training: {listed}; pairs of their images by distance,'
         verified = [
@@ -127,16 +128,16 @@ def make_panel(
         ]
         report += f'\n    {unseen} {"; ".join(verified)}'
         caption += [f'× {unseen}', *verified]
-    marked = None
+    marked = ()
     if own is not None:
         own_embeddings, _ = embed(checkpoints, epoch, own.images)
-        marked = dict(zip((Path(name).name for name in own.names), own_embeddings, strict=True))
+        marked = list(zip((Path(name).name for name in own.names), own_embeddings, strict=True))
     return Panel(
         measured.embeddings,
         labels,
         title=f'{name} (epoch{NO_BREAK}{epoch}):{NO_BREAK}{measured.accuracy:.2%}',
         caption='\n'.join(caption),
-        num_seen=measured.num_seen,
+        seen=measured.seen,
         report=report,
         marked=marked,
     )
@@ -165,9 +166,9 @@ def plot_embeddings(
     class_names: Sequence[str],
     title: str,
     caption: str,
-    num_seen: int | None = None,
+    seen: Sequence[int] | None = None,
     plane: pictures.Plane | None = None,
-    marked: Mapping[str, np.ndarray] | None = None,
+    marked: Sequence[tuple[str, np.ndarray]] = (),
 ) -> None:
     """Draw embeddings: a color and a name per class, crosses for unseen classes, equal axes.
 
@@ -183,12 +184,12 @@ def plot_embeddings(
         Each is written at the median of its cluster.
     title, caption
         Text above and below.
-    num_seen
-        Number of classes seen in training, which are the first ones; by default all.
+    seen
+        Labels of the classes that were seen in training; by default all.
     plane
         The plane they are viewed in, by default :func:`common.pictures.viewing_plane`.
     marked
-        Embeddings (d,) of further images, a star each, with a name beside it.
+        Names and embeddings (d,) of further images, a star each, with its name beside it.
     """
     from matplotlib.patheffects import withStroke
 
@@ -208,12 +209,12 @@ def plot_embeddings(
     for label, color in enumerate(pictures.distinct_colors(len(class_names))):
         cluster = points[labels == label]
         if len(cluster):
-            style = seen_style if num_seen is None or label < num_seen else unseen_style
+            style = seen_style if seen is None or label in seen else unseen_style
             name = class_names[label]
             ax.scatter(*cluster.T, **style, color=color, alpha=0.5, rasterized=True, label=name)
             name_color = color if len(class_names) <= 10 else 0.7 * np.array(color)  # some are pale
             ax.text(*np.median(cluster, axis=0), name, color=name_color, **name_style)
-    for name, embedding in (marked or {}).items():
+    for name, embedding in marked:
         point = (embedding - plane.origin) @ plane.axes.T
         ax.plot(*point, '*', ms=13, color='black', mec='white', mew=0.8, zorder=4)
         outline = [withStroke(linewidth=2.5, foreground='white')]
@@ -246,7 +247,7 @@ def draw_embeddings(panels: Sequence[Panel], class_names: Sequence[str]) -> Figu
                 class_names,
                 panel.title,
                 panel.caption,
-                panel.num_seen,
+                panel.seen,
                 marked=panel.marked,
             )
     return figure
@@ -275,7 +276,7 @@ def animate(panels: Sequence[Panel], class_names: Sequence[str], path: Path) -> 
             class_names,
             panel.title,
             panel.caption,
-            panel.num_seen,
+            panel.seen,
             plane,
         )
         ax.set_aspect('equal', adjustable='box')

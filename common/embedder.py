@@ -94,8 +94,8 @@ class Embedder:
     dataset
         What the run was trained on: 'mnist', 'mnist-5k', 'fashion-mnist', 'custom'. 'mnist' where
         an older checkpoint does not say it.
-    class_names
-        K names.
+    class_names, labels
+        K names, and the labels that these classes have in the data set.
     image_shape
         (height, width); (28, 28) where an older checkpoint does not say it.
     centers
@@ -138,6 +138,7 @@ class Embedder:
         names = [*facts.get('class_names', ())]
         names += map(str, range(len(names), num_classes))
         self.class_names = tuple(names[:num_classes])
+        self.labels = tuple(facts.get('classes', range(num_classes)))
         centers = [aux_params.get(name) for name in find_center_losses(network)]
         self.centers = next(
             (c.asnumpy() for c in centers if c is not None and c.shape == (num_classes, dimension)),

@@ -54,8 +54,8 @@ class Evaluation(NamedTuple):
     ----------
     embeddings
         float32 (N, d).
-    num_seen
-        K, the number of classes in training, which are the labels 0 to K-1.
+    seen
+        The labels of the K classes in training.
     num_classified
         Number of images of those classes, on which the accuracy is measured.
     accuracy
@@ -68,7 +68,7 @@ class Evaluation(NamedTuple):
     """
 
     embeddings: np.ndarray
-    num_seen: int
+    seen: tuple[int, ...]
     num_classified: int
     accuracy: float
     clusters: ClusterStatistics
@@ -124,17 +124,17 @@ def evaluate(
     prefix: str | Checkpoints, epoch: int, images: np.ndarray, labels: np.ndarray
 ) -> Evaluation:
     """Embed images (N, height, width) with labels (N,) and measure; see :func:`embed`."""
-    embeddings, logits = embed(prefix, epoch, images)
-    num_seen = logits.shape[1]
-    seen = labels < num_seen
-    correct = logits[seen].argmax(axis=1) == labels[seen]
+    embedder = Embedder(prefix, epoch, images.shape[1:])
+    embeddings, logits = embedder.forward(images)
+    is_seen = np.isin(labels, embedder.labels)
+    correct = np.take(embedder.labels, logits[is_seen].argmax(axis=1)) == labels[is_seen]
     return Evaluation(
         embeddings,
-        num_seen,
+        embedder.labels,
         num_classified=len(correct),
         accuracy=float(correct.mean()) if len(correct) else math.nan,
         clusters=cluster_statistics(embeddings, labels),
-        verification={} if seen.all() else verify_unseen(embeddings, labels, num_seen),
+        verification={} if is_seen.all() else verify(embeddings[~is_seen], labels[~is_seen]),
     )
 
 
@@ -179,15 +179,13 @@ def verification(embeddings: np.ndarray, labels: np.ndarray) -> Verification:
     return Verification(float(auc), float(true_accepts))
 
 
-def verify_unseen(
-    embeddings: np.ndarray, labels: np.ndarray, num_seen: int
-) -> dict[str, Verification]:
-    """Verify the classes from ``num_seen`` on, by 'Euclidean' and by 'cosine' distance.
+def verify(embeddings: np.ndarray, labels: np.ndarray) -> dict[str, Verification]:
+    """Verify embeddings (N, d) with labels (N,) by 'Euclidean' and by 'cosine' distance.
 
     Of more than ``VERIFIED_IMAGES`` images, a fixed random sample of so many is used.
     """
-    unseen = np.random.default_rng(0).permutation(np.flatnonzero(labels >= num_seen))
-    embeddings, labels = (array[unseen[:VERIFIED_IMAGES]] for array in (embeddings, labels))
+    sample = np.random.default_rng(0).permutation(len(labels))[:VERIFIED_IMAGES]
+    embeddings, labels = embeddings[sample], labels[sample]
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
     directions = embeddings / np.maximum(lengths, np.finfo('f').tiny)
     return {

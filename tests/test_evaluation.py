@@ -14,7 +14,7 @@ from common.evaluation import (
     embed,
     evaluate,
     verification,
-    verify_unseen,
+    verify,
 )
 import data
 import train
@@ -219,7 +219,7 @@ def test_evaluate(runs, sample):
     np.testing.assert_allclose(measured.embeddings, embeddings, atol=1e-4)
     assert measured.accuracy == np.mean(probability.argmax(axis=1) == labels)
     assert measured.clusters == pytest.approx(statistics_by_hand(embeddings, labels), rel=1e-4)
-    assert (measured.num_seen, measured.num_classified) == (10, 250)
+    assert (measured.seen, measured.num_classified) == (tuple(range(10)), 250)
     assert measured.verification == {}
 
 
@@ -229,8 +229,8 @@ def test_evaluate_unseen_classes(runs, sample):
     _, probability = embed_by_hand(runs / 'six', 1, images)
     seen = labels < 6
     assert measured.accuracy == np.mean(probability.argmax(axis=1)[seen] == labels[seen])
-    assert (measured.num_seen, measured.num_classified) == (6, seen.sum())
-    assert measured.verification == verify_unseen(measured.embeddings, labels, 6)
+    assert (measured.seen, measured.num_classified) == (tuple(range(6)), seen.sum())
+    assert measured.verification == verify(measured.embeddings[~seen], labels[~seen])
     only_unseen = evaluate(runs / 'six', 1, images[~seen], labels[~seen])
     assert math.isnan(only_unseen.accuracy) and only_unseen.num_classified == 0
 
@@ -278,20 +278,19 @@ def test_verification(dimensions, step):
 
 
 @pytest.mark.parametrize('dimensions', [3, 20])
-def test_verify_unseen(dimensions):
+def test_verify(dimensions):
     rng = np.random.default_rng(dimensions)
-    labels = rng.integers(0, 10, 80)
+    labels = rng.integers(6, 10, 40)
     means = rng.normal(size=(10, dimensions))
-    embeddings = (rng.normal(size=(80, dimensions)) + means[labels]).astype('f')
-    measured = verify_unseen(embeddings, labels, num_seen=6)
-    unseen = embeddings[labels >= 6], labels[labels >= 6]
+    embeddings = (rng.normal(size=(40, dimensions)) + means[labels]).astype('f')
+    measured = verify(embeddings, labels)
     distances = {
         'Euclidean': lambda x, y: np.linalg.norm(x - y),
         'cosine': lambda x, y: -x @ y / np.linalg.norm(x) / np.linalg.norm(y),
     }
     assert list(measured) == list(distances)
     for name, distance in distances.items():
-        assert measured[name] == pytest.approx(verification_by_hand(*unseen, distance))
+        assert measured[name] == pytest.approx(verification_by_hand(embeddings, labels, distance))
 
 
 def test_verification_limits():
@@ -301,4 +300,4 @@ def test_verification_limits():
     assert verification(np.zeros((4, 2), 'f'), labels) == (0.5, 0)
     assert np.isnan(verification(np.eye(4, 2, dtype='f'), np.full(4, 9))).all()
     assert np.isnan(verification(np.zeros((0, 2), 'f'), np.zeros(0))).all()
-    assert verify_unseen(np.zeros((4, 2), 'f'), labels, num_seen=6)['cosine'] == (0.5, 0)
+    assert verify(np.zeros((4, 2), 'f'), labels)['cosine'] == (0.5, 0)

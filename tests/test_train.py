@@ -20,6 +20,8 @@ from common.checkpoints import Checkpoints
 from common.command_line import run_script
 from common.devices import check_equal_shares, choose_devices
 from common.errors import InputError
+from common.evaluation import evaluate, verify
+import data
 from helpers import ROOT, epoch_lines, logged, run_train, saved_params
 import train
 import vis
@@ -222,8 +224,27 @@ def test_own_data(main, network, features, tmp_path):
     vis.main([f'--data-dir={tmp_path}'])
     main(*line, '--num-epochs=2', '--resume')
     assert 'resuming with' not in Path('log.txt').read_text()
-    with pytest.raises(InputError, match='--num-classes=48: custom has 47'):
+    with pytest.raises(InputError, match='custom has the classes 0 to 46, and no class 47'):
         main(*line, '--num-classes=48')
+
+
+@pytest.mark.slow
+def test_some_classes(main):
+    """Networks, accuracy and verification are the same whatever the classes are called."""
+    line = ['--dataset=mnist-5k', '--num-epochs=3', '--batch-size=50']
+    said = main(*line, '--classes=7,0,4').out
+    accuracy = float(re.search(r'accuracy on the test images (\S+)%', said)[1])
+    assert accuracy > 80
+    params = saved_params('center_loss', 3)
+    assert params['fc2_weight'].shape == params['center_loss_center_bias'].shape == (3, 2)
+    facts = Checkpoints('center_loss').load_inference(3)
+    assert (facts['classes'], facts['class_names']) == ([7, 0, 4], ['7', '0', '4'])
+    digits = data.load_digits('mnist-5k')
+    measured = evaluate('center_loss', 3, digits.val_images, digits.val_labels)
+    assert measured.seen == (7, 0, 4) and measured.num_classified == 300
+    assert round(100 * measured.accuracy, 2) == accuracy
+    unseen = ~np.isin(digits.val_labels, [7, 0, 4])
+    assert measured.verification == verify(measured.embeddings[unseen], digits.val_labels[unseen])
 
 
 def test_images_too_small_for_the_network(main, tmp_path):
@@ -338,6 +359,11 @@ MISTAKES = {
     '--num-examples=all': "--num-examples: 'all' is not a whole number",
     '--num-examples=99': '--batch-size=100 is too large',
     '--num-classes=1': '--num-classes: 1 is out of range: it has to be at least 2',
+    '--classes=3': "--classes: '3' is not a list of two or more classes",
+    '--classes=3,4,3': "--classes: '3,4,3' is not a list of two or more classes",
+    '--classes=3,x': "--classes: '3,x' is not a list of two or more classes",
+    '--classes=3,10': 'mnist-5k has the classes 0 to 9, and no class 10',
+    '--classes=3,4 --num-classes=2': '--classes and --num-classes both name the classes',
     '--embedding-dim=0': '--embedding-dim: 0 is out of range: it has to be at least 1',
     '--network=resnet': "--network: invalid choice: 'resnet'",
     '--recipe=new': "--recipe: invalid choice: 'new'",

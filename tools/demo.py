@@ -114,9 +114,11 @@ class Demo:
     """What the page shows: a panel for each run, samples, and the answers to a drawing."""
 
     def __init__(self, embedders: Sequence[Embedder], digits: data.Digits):
-        first, num_classes = embedders[0], len(embedders[0].class_names)
-        index = np.flatnonzero(digits.val_labels < num_classes)
-        images, labels = digits.val_images[index], digits.val_labels[index]
+        first = embedders[0]
+        index = np.flatnonzero(np.isin(digits.val_labels, first.labels))
+        images = digits.val_images[index]
+        position = {label: i for i, label in enumerate(first.labels)}
+        labels = np.array([position[label] for label in digits.val_labels[index].tolist()])
         for run in embedders:
             if run.image_shape != images.shape[1:] or run.class_names != first.class_names:
                 raise InputError(
@@ -124,6 +126,7 @@ class Demo:
                     f'classes than those of {digits.dataset}: choose its data with --dataset or '
                     '--data-dir, and compare runs on the same classes'
                 )
+        colors = distinct_colors(len(first.class_names))
         names = panel_names([run.checkpoints.prefix for run in embedders])
         self.panels = [
             Panel(run, name, images, labels, digits.dataset)
@@ -139,7 +142,7 @@ class Demo:
             'side': SIDE,
             'imageShape': self.image_shape,
             'classNames': first.class_names,
-            'colors': [[round(255 * c) for c in rgb] for rgb in distinct_colors(num_classes)],
+            'colors': [[round(255 * c) for c in rgb] for rgb in colors],
             'samples': {label: _base64(images[i].tobytes()) for label, i in samples.items()},
             'runs': [panel.description for panel in self.panels],
         }
