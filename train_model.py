@@ -250,8 +250,8 @@ def fit(
             return [*replaced, *saved_epochs[: max(0, len(saved_epochs) - kept)]]
 
         monitor = TrainingMonitor(batch_size, num_batches, num_epochs, shown=kv.rank == 0)
-        callbacks = [average, stack.enter_context(monitor)]
-        callbacks.append(mx.callback.Speedometer(batch_size, LOG_EVERY))
+        callbacks = [average] if average.share else []
+        callbacks += [stack.enter_context(monitor), mx.callback.Speedometer(batch_size, LOG_EVERY)]
         callbacks += [batch_end_callback] if callable(batch_end_callback) else batch_end_callback
         try:
             module.fit(

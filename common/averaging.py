@@ -34,8 +34,6 @@ class Average:
 
     def __call__(self, param: mx.model.BatchEndParam) -> None:
         """Take in the step that has just ended (a batch-end callback)."""
-        if not self.share:
-            return
         rate = 1 / (1 + self.share * (self.module.num_updates() - 1))
         for name, present in self.module.present_arrays().items():
             if name.startswith('aux:'):
