@@ -31,8 +31,9 @@ Recognition, ECCV 2016)::
   the centers. :class:`CenterLossMetric` does; a metric of the softmax alone does not.
 * In a plain Module and in Gluon each of several contexts moves its own copy of the centers by its
   own share of the batch: 15 to 26% off Eq. 4 with two. ``common/module.py`` here joins the copies.
-* MXNet's default metric, 'acc', averages over both outputs without a word. Pass those of this file
-  or ``mx.metric.Accuracy(output_names=['softmax_output'], label_names=['softmax_label'])``.
+* MXNet's default metric, 'acc', takes both outputs: with one label it fails, with two it averages
+  over both without a word. Pass those of this file, or ``mx.metric.Accuracy`` with ``output_names=
+  ['softmax_output']`` and ``label_names=``, a list of the one name of the classes' label.
 """
 
 from __future__ import annotations

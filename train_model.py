@@ -198,6 +198,7 @@ def fit(
             **{'lr_factor_epoch': lr_factor_epoch, 'warmup_epochs': warmup_epochs},
             **{'average_weights': average_weights, 'seed': seed, 'kv_store': kv_store},
             **{'num_workers': kv.num_workers, 'batches_per_epoch': num_batches},
+            **({'trained_on': data_facts['dataset']} if 'dataset' in data_facts else {}),
         }
         options = json.loads(json.dumps(options))
         logging.info('versions: %s', json.dumps(versions()))

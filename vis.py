@@ -111,8 +111,8 @@ def make_panel(
     accuracy = f'{split} accuracy {measured.accuracy:.2%}'
     statistics = 'intra {:.3f}, inter {:.3f}, ratio {:.4f}'.format(*measured.clusters)
     report = (
-        f'{checkpoints.params_path(epoch)}: {len(labels):,} {split} images of {dataset}, '
-        f'{accuracy}, {statistics}'
+        f'{checkpoints.params_path(epoch)}: {measured.num_classified:,} {split} images of '
+        f'{dataset}, {accuracy}, {statistics}'
     )
     caption = [
         f'{dataset}: {accuracy} ({measured.num_classified:,} images)',
@@ -141,6 +141,19 @@ def make_panel(
         report=report,
         marked=marked,
     )
+
+
+def warn_of_other_data(path: Path, trained_on: str | None, dataset: str) -> None:
+    """Warn where a checkpoint is not measured on the data set that it was trained on."""
+    if trained_on not in (None, dataset):
+        seen = trained_on == 'mnist' and dataset == 'mnist-5k'
+        logging.warning(
+            '%s was trained on %s and is measured on %s%s',
+            path,
+            trained_on,
+            dataset,
+            ', all images of which it was trained on' if seen else '',
+        )
 
 
 def panel_names(prefixes: Sequence[str]) -> list[str]:
@@ -437,6 +450,10 @@ def main(argv: Sequence[str] = ()) -> None:
             names = panel_names([prefix for prefix, _ in runs])
             digits = data.load_digits(args.dataset, args.data_dir)
             checkpoints = {prefix: Checkpoints(prefix) for prefix, _ in runs}
+            for prefix, epoch in dict(runs).items():
+                facts = checkpoints[prefix].load_inference(epoch)
+                path = checkpoints[prefix].params_path(epoch)
+                warn_of_other_data(path, facts.get('dataset'), digits.dataset)
             if args.images:
                 embedder = Embedder(*runs[-1])
                 own = load_images(args.images, embedder.dataset, embedder.image_shape)

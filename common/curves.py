@@ -107,7 +107,7 @@ def draw_curves(paths: Sequence[str]) -> tuple[Figure, list[str]]:
             f'{names[split]} {metric.replace("_", " ")} {list(curve.values())[-1]:.4f}'
             for (split, metric), curve in log.items()
         ]
-        report.append(f'{path}: {max(map(max, log.values()))} epochs, last: {", ".join(last)}')
+        report.append(f'{path}: epoch {max(map(max, log.values()))}, last: {", ".join(last)}')
     for ax, metric in zip(axes, metrics, strict=True):
         style_curves(ax, metric)
     figure.legend(

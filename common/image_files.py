@@ -46,7 +46,7 @@ class OwnImages(NamedTuple):
         """Name on stderr what could not be read; raise a Failure, status 1, if there is any."""
         if self.failures:
             print(*self.failures, sep='\n', file=sys.stderr)
-            raise Failure(f'{len(self.failures)} of the files could not be read and were left out')
+            raise Failure(f'files that could not be read and were left out: {len(self.failures)}')
 
 
 def load_images(

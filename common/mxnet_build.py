@@ -6,6 +6,8 @@ from importlib import metadata, util
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+
 from common.errors import InputError
 
 
@@ -17,8 +19,13 @@ def import_mxnet() -> ModuleType:
     Raises
     ------
     InputError
-        If a shared library is missing.
+        If a shared library is missing, or NumPy is too new.
     """
+    if np.__version__ >= '2':
+        raise InputError(
+            f'MXNet does not work with NumPy {np.__version__}: pip install -r requirements.txt '
+            'installs one that it works with'
+        )
     with contextlib.suppress(OSError):
         import mxnet
 

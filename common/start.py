@@ -71,11 +71,6 @@ def find_start(
             'no checkpoint of %s to resume from: starting at the beginning', checkpoints.prefix
         )
     if load_epoch is not None:
-        if load_epoch >= num_epochs:
-            raise InputError(
-                f'--num-epochs={num_epochs} is the last epoch: it has to be above '
-                f'--load-epoch={load_epoch}'
-            )
         same = os.path.abspath(source.prefix) == os.path.abspath(checkpoints.prefix)
         if in_the_way := [epoch for epoch in existing if not same or epoch > load_epoch]:
             raise InputError(
@@ -84,15 +79,20 @@ def find_start(
             )
         path = source.params_path(load_epoch)
         params = rename_original(*source.load_params(load_epoch))
+        if load_epoch >= num_epochs:
+            raise InputError(
+                f'--num-epochs={num_epochs} is the last epoch: it has to be above '
+                f'--load-epoch={load_epoch}'
+            )
         logging.info('%s: continuing at epoch %d; momentum begins at 0', path, load_epoch)
         return Start(load_epoch, False, *params, path=path)
     if existing:
         logging.warning(
-            'the %d checkpoints of an earlier run of %s are replaced when the first epoch is done; '
+            'checkpoints of an earlier run of %s (%d) are replaced once the first epoch is saved; '
             'stop now and give --resume to continue that run, or another --save-model-prefix to '
             'keep it',
-            len(existing),
             checkpoints.prefix,
+            len(existing),
         )
     return Start()
 

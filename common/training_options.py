@@ -153,7 +153,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(int, minimum=1, maximum=10**9),
         metavar='N',
         help='continue at epoch N with the parameters that fit of that checkpoint of '
-        '--model-prefix; momentum begins at 0',
+        '--model-prefix; momentum begins at 0; beside --resume only where nothing can be resumed',
     )
     files.add_argument(
         '--model-prefix',

@@ -12,6 +12,7 @@ import pytest
 
 from common.environment import mx
 from center_loss import CenterLossGPU
+from common import mxnet_build
 from common.array_file import encode_arrays
 from common.devices import choose_devices
 from common.errors import InputError
@@ -290,6 +291,12 @@ def test_file_names_no_device(in_own_folder):
     written = encode_arrays({'x': mx.nd.ones(2, ctx=mx.cpu(3))})
     Path('x').write_bytes(b''.join(written))
     assert mx.nd.load('x')['x'].context == mx.cpu(0)
+
+
+def test_numpy_is_too_new(monkeypatch):
+    monkeypatch.setattr(np, '__version__', '2.4.6')
+    with pytest.raises(InputError, match='MXNet does not work with NumPy'):
+        mxnet_build.import_mxnet()
 
 
 def test_requirements():

@@ -229,6 +229,17 @@ def test_own_data(main, network, features, tmp_path):
 
 
 @pytest.mark.slow
+def test_resume_names_other_data(main, tmp_path):
+    write_idx(tmp_path, 28, 10)
+    main(f'--data-dir={tmp_path}', '--batch-size=10', '--num-epochs=1')
+    main(*QUICK[:2], '--batch-size=10', '--num-epochs=2', '--resume')
+    said = (
+        'resuming with trained_on=mnist-5k, while center_loss-0001.params was trained with custom'
+    )
+    assert said in Path('log.txt').read_text()
+
+
+@pytest.mark.slow
 def test_some_classes(main):
     """Networks, accuracy and verification are the same whatever the classes are called."""
     line = ['--dataset=mnist-5k', '--num-epochs=3', '--batch-size=50']
@@ -364,6 +375,7 @@ MISTAKES = {
     '--classes=3,x': "--classes: '3,x' is not a list of two or more classes",
     '--classes=3,10': 'mnist-5k has the classes 0 to 9, and no class 10',
     '--classes=3,4 --num-classes=2': '--classes and --num-classes both name the classes',
+    '--load-epoch=20': 'there is no center_loss-0020.params',
     '--embedding-dim=0': '--embedding-dim: 0 is out of range: it has to be at least 1',
     '--network=resnet': "--network: invalid choice: 'resnet'",
     '--recipe=new': "--recipe: invalid choice: 'new'",
@@ -419,7 +431,6 @@ MISTAKES = {
     '--keep-checkpoints=0': '--keep-checkpoints: 0 is out of range',
     '--load-epoch=0': '--load-epoch: 0 is out of range',
     '--load-epoch=last': "--load-epoch: 'last' is not a whole number",
-    '--load-epoch=20': '--num-epochs=20 is the last epoch: it has to be above --load-epoch=2',
     '--load-epoch=3': 'there is no center_loss-0003.params; epochs of center_loss that have',
     '--model-prefix=x': '--model-prefix needs --load-epoch',
     '--model-prefix=x --load-epoch=3': 'there is no x-0003.params; epochs of x that have a chec',

@@ -172,7 +172,7 @@ def test_new_run_replaces_the_old(caplog):
     train_small()
     train_small(save_model_prefix='running', num_epochs=1)
     train_small(num_epochs=2, seed=3)
-    assert 'the 3 checkpoints of an earlier run of run are replaced' in caplog.text
+    assert 'checkpoints of an earlier run of run (3) are replaced' in caplog.text
     assert Checkpoints('run').epochs() == [1, 2]
     assert Checkpoints('running').epochs() == [1]
     assert not list(Path().glob('run-0003*'))

@@ -288,6 +288,15 @@ def test_unseen_classes(runs, sample, draw, capsys):
     assert capsys.readouterr().out.splitlines()[1].endswith('; '.join(verified))
 
 
+def test_other_data_are_named(tmp_path, caplog):
+    """The accuracy on images that a network was trained on looks too good."""
+    prefix = ROOT / 'data' / 'trained' / 'center_loss'
+    output = f'--output={tmp_path / "picture.png"}'
+    vis.main([f'--model-prefix={prefix}', '--dataset=mnist-5k', output])
+    said = 'was trained on mnist and is measured on mnist-5k, all images of which it was trained on'
+    assert f'{prefix}-0020.params {said}' in caplog.text
+
+
 def fake_panel(num_classes, count=3000, spread=0.5, title='title'):
     """Clusters around a circle."""
     rng = np.random.default_rng(0)
@@ -553,7 +562,7 @@ def test_curves(runs, draw, capsys):
         colors = [line.get_color() for line in lines]
         assert colors[0] == colors[1] != colors[2] == colors[3]
     out = capsys.readouterr().out
-    assert 'log.txt: 3 epochs, last: ' in out and 'test accuracy 0.5500' in out
+    assert 'log.txt: epoch 3, last: ' in out and 'test accuracy 0.5500' in out
     assert 'training cross-entropy 2.2500' in out and 'test center loss 5.0000' in out
 
 
