@@ -54,6 +54,8 @@ class Evaluation(NamedTuple):
     ----------
     embeddings
         float32 (N, d).
+    predicted
+        The label (N,) that each image is given, one of ``seen``.
     seen
         The labels of the K classes in training.
     num_classified
@@ -68,6 +70,7 @@ class Evaluation(NamedTuple):
     """
 
     embeddings: np.ndarray
+    predicted: np.ndarray
     seen: tuple[int, ...]
     num_classified: int
     accuracy: float
@@ -127,9 +130,11 @@ def evaluate(
     embedder = Embedder(prefix, epoch, images.shape[1:])
     embeddings, logits = embedder.forward(images)
     is_seen = np.isin(labels, embedder.labels)
-    correct = np.take(embedder.labels, logits[is_seen].argmax(axis=1)) == labels[is_seen]
+    predicted = np.take(embedder.labels, logits.argmax(axis=1))
+    correct = (predicted == labels)[is_seen]
     return Evaluation(
         embeddings,
+        predicted,
         embedder.labels,
         num_classified=len(correct),
         accuracy=float(correct.mean()) if len(correct) else math.nan,

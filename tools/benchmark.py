@@ -18,7 +18,6 @@ import importlib.util
 import json
 import logging
 from pathlib import Path
-import re
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ from unittest import mock
 import numpy as np
 from tqdm import tqdm
 
-from common.environment import available_cpus, mx
+from common.environment import mx
 from common import vectorized
 from common.averaging import Average
 from common.command_line import ArgumentParser, number, run_script
@@ -36,7 +35,15 @@ from common.files import replace_when_whole
 from common.versions import versions
 from data import load_digits
 from tools.benchmark_torch import FORMS, OPERATOR_FORMS, OPERATOR_STEPS
-from tools.measuring import LABELS, ROOT, Report, Training, TrainingProcess, run_python
+from tools.measuring import (
+    LABELS,
+    ROOT,
+    Report,
+    Training,
+    TrainingProcess,
+    processor,
+    run_python,
+)
 from tools.operator_forms import operator_step, with_operator
 from train import VECTORIZED_NETWORKS, get_symbol
 from train import main as train_main
@@ -352,9 +359,7 @@ PARTS = {
 
 def machine() -> dict[str, str]:
     """Return the processor, its instruction set, the number of threads, and versions."""
-    with contextlib.suppress(OSError):
-        names = re.findall(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
-    return {'processor': f'{available_cpus()} of {names[0] if names else "unknown"}', **versions()}
+    return {'processor': processor(), **versions()}
 
 
 def main(argv: Sequence[str] = ()) -> None:

@@ -1,9 +1,11 @@
 """What the benchmarks share: interleaved variants, training steps, and processes to compare."""
 
 from collections.abc import Callable, Sequence
+import contextlib
 import itertools
 import os
 from pathlib import Path
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import time
 
 import numpy as np
 
-from common.environment import mx
+from common.environment import available_cpus, mx
 from common.errors import Failure
 from common.module import Module
 from data import mnist_iterator
@@ -166,6 +168,14 @@ class TrainingProcess:
         if not self.process.stdout.readline():
             raise Failure(f'python {" ".join(self.process.args[1:])} has failed')
         self.process.send_signal(signal.SIGSTOP)
+
+
+def processor() -> str:
+    """Return how many processors there are, and of what kind: '2 of AMD EPYC'."""
+    names = []
+    with contextlib.suppress(OSError):
+        names = re.findall(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
+    return f'{available_cpus()} of {names[0] if names else "unknown"}'
 
 
 def run_python(*arguments: object, cwd: str | Path = ROOT, **environment: str) -> str:

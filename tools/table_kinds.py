@@ -1,0 +1,238 @@
+"""How the tables of the documentation look: Markdown from what ``tools.reproduce`` has measured.
+
+A table is a dict: ``tools.tables`` explains it.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+import math
+import statistics
+
+import numpy as np
+
+from tools.experiments import ORIGINAL_COURSES
+
+FORMS = {
+    **{'accuracy': '{:.2%}', 'intra': '{:.3f}', 'inter': '{:.3f}', 'ratio': '{:.4f}'},
+    's/epoch': '{:.1f}',
+    # verification of unseen classes, by Euclidean distance and by cosine
+    **{'AUC': '{:.4f}', 'TA at 1% FA': '{:.1%}'},
+    **{'AUC (cosine)': '{:.4f}', 'TA (cosine)': '{:.1%}'},
+}
+SEEN = ('accuracy', 'intra', 'inter', 'ratio', 's/epoch')
+UNSEEN = ('AUC', 'TA at 1% FA', 'AUC (cosine)', 'TA (cosine)')
+LEVELS = (0.95, 0.97, 0.98)  # of accuracy, for the speed of convergence
+
+
+def whole_runs(row: dict) -> list[dict]:
+    """Return the runs of a row that did not diverge."""
+    return [run for run in row['runs'] if 'failure' not in run]
+
+
+def by_seed(row: dict, column: str) -> dict[int, float]:
+    """Return a value by seed: where a row has several splits, their mean."""
+    values = {}
+    for run in whole_runs(row):
+        values.setdefault(run['seed'], []).append(run[column])
+    return {seed: statistics.mean(found) for seed, found in values.items()}
+
+
+def mean_and_deviation(form: str, values: Sequence[float]) -> str:
+    """Return 'mean ± standard deviation', with a form such as '{:.2%}'."""
+    if len(values) < 2:
+        return ''.join(map(form.format, values))
+    deviation = form.format(statistics.stdev(values)).rstrip('%')
+    return f'{form.format(statistics.mean(values))} ± {deviation}'
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    lines = [head, ['---'] * len(head), *rows]
+    return [f'| {" | ".join(line)} |' for line in lines]
+
+
+def options_of(row: dict) -> str:
+    """Return the options that all runs of a row have, but for those that name seen classes."""
+    first, *others = (options.split() for options in row['options'])
+    shared = [option for option in first if all(option in other for other in others)]
+    return f'`{" ".join(shared)}`'
+
+
+def results_table(
+    table: dict, columns: Sequence[str] = SEEN, listed: str = 'accuracy'
+) -> list[str]:
+    """Tabulate columns: mean ± standard deviation over seeds, and one of them for every seed."""
+    rows = []
+    for row in table['rows']:
+        values = {column: [*by_seed(row, column).values()] for column in columns}
+        cells = [mean_and_deviation(FORMS[column], values[column]) for column in columns]
+        each = ', '.join(FORMS[listed].format(value).rstrip('%') for value in values[listed])
+        failed = len(row['runs']) - len(whole_runs(row))
+        each += f'; {failed} diverged' if failed else ''
+        rows.append([row['title'], options_of(row), *cells, each])
+    lines = markdown(['', 'options', *columns, f'{listed} of each seed'], rows)
+    for ours, theirs in compared_rows(table):
+        lines += [comparison(ours, theirs, c) for c in columns if c in ('accuracy', *UNSEEN)]
+    return lines
+
+
+def open_set_table(table: dict) -> list[str]:
+    """Tabulate verification of unseen classes; the accuracy is that on the seen ones."""
+    lists = dict.fromkeys(run['classes'] for row in table['rows'] for run in row['runs'])
+    trained = f'Trained on the classes {"; ".join(lists)} and verified on pairs of the others.'
+    return [trained, '', *results_table(table, ('accuracy', *UNSEEN), 'AUC')]
+
+
+def compared_rows(table: dict) -> list[tuple[dict, dict]]:
+    """Return the pairs of rows that are compared."""
+    rows = {row['title']: row for row in table['rows']}
+    return [(rows[ours], rows[theirs]) for ours, theirs in table['compare']]
+
+
+def paired(ours: dict, theirs: dict) -> list[tuple[dict, dict]]:
+    """Return the pairs of runs of two rows with the same seed and the same seen classes."""
+    others = {(run.get('classes'), run['seed']): run for run in whole_runs(theirs)}
+    keys = [((run.get('classes'), run['seed']), run) for run in whole_runs(ours)]
+    return [(run, others[key]) for key, run in keys if key in others]
+
+
+def comparison(ours: dict, theirs: dict, column: str) -> str:
+    """Return a line of a list: in how many seeds a value is higher, and by how much."""
+    pairs = paired(ours, theirs)
+    if not pairs:
+        return f'- {column}: {ours["title"]} and {theirs["title"]} have no seed in common'
+    scale, form, unit = (100, '.2f', ' points') if '%' in FORMS[column] else (1, '.4f', '')
+    differences = sorted(scale * (run[column] - other[column]) for run, other in pairs)
+    above = sum(difference > 0 for difference in differences)
+    low, high = differences[0], differences[-1]
+    if above < len(pairs):
+        span = f'the differences are {low:+{form}} to {high:+{form}}{unit}'
+    else:
+        span = f'by {low:{form}} to {high:{form}}{unit}'
+    return (
+        f'- {column}: {ours["title"]} above {theirs["title"]} in {above} of {len(pairs)} '
+        f'{repetitions(ours)}, {span}'
+    )
+
+
+def repetitions(row: dict) -> str:
+    """Return what the runs of a row differ in."""
+    return 'seeds and splits' if len(row['options']) > 1 else 'seeds'
+
+
+def original_table(table: dict) -> list[str]:
+    """Tabulate the accuracy by epoch, beside the original's one run of each objective."""
+    head, columns = ['epoch'], []
+    for row in table['rows']:
+        courses = [run['course'] for run in whole_runs(row)]
+        if courses:
+            columns.append((courses, ORIGINAL_COURSES[row['title']]))
+            head += [f'{row["title"]}: mean of {len(courses)}', 'range', 'the original']
+    rows = []
+    for epoch in sorted({epoch for _, original in columns for epoch in original}):
+        cells = [str(epoch)]
+        for courses, original in columns:
+            ours = [course[epoch - 1] for course in courses if len(course) >= epoch]
+            span = f'{min(ours):.1%} to {max(ours):.1%}' if ours else ''
+            theirs = f'{original[epoch]:.1%}' if epoch in original else ''
+            cells += [f'{statistics.mean(ours):.1%}' if ours else '', span, theirs]
+        rows.append(cells)
+    return markdown(head, rows)
+
+
+def epochs_to(level: float, course: Sequence[float]) -> float:
+    """Return the first epoch with such an accuracy; infinity if there is none."""
+    return next((epoch for epoch, value in enumerate(course, 1) if value >= level), math.inf)
+
+
+def convergence_table(table: dict) -> list[str]:
+    """Tabulate the epochs that each seed needs to some accuracies."""
+    rows = []
+    for row in table['rows']:
+        cells = [row['title'], options_of(row)]
+        for level in LEVELS:
+            needed = [epochs_to(level, run['course']) for run in whole_runs(row)]
+            cells.append(', '.join('not reached' if math.isinf(n) else str(n) for n in needed))
+        rows.append(cells)
+    lines = markdown(['', 'options', *(f'epochs to {level:.0%}' for level in LEVELS)], rows)
+    for ours, theirs in compared_rows(table):
+        pairs = paired(ours, theirs)
+        for level in LEVELS:
+            needed = [[epochs_to(level, run['course']) for run in pair] for pair in pairs]
+            needed = [pair for pair in needed if min(pair) < math.inf]
+            sooner = sum(first < second for first, second in needed)
+            later = sum(first > second for first, second in needed)
+            lines.append(
+                f'- {level:.0%}: {ours["title"]} sooner than {theirs["title"]} in {sooner} of '
+                f'{len(pairs)} seeds, later in {later}, with as many epochs in '
+                f'{len(needed) - sooner - later}'
+                + (f', neither in {len(pairs) - len(needed)}' if len(needed) < len(pairs) else '')
+            )
+    return lines
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """Return the rank of each value; equal ones share the mean of theirs."""
+    values = np.asarray(values, float)
+    higher = values[:, None] > values
+    equal = values[:, None] == values
+    return higher.sum(axis=1) + (equal.sum(axis=1) + 1) / 2
+
+
+def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> str:
+    """Return Spearman's, such as '0.61'; 'undefined' where all values of one kind are equal."""
+    if len({*xs}) < 2 or len({*ys}) < 2:
+        return 'undefined'
+    return f'{np.corrcoef(ranks(xs), ranks(ys))[0, 1]:.2f}'
+
+
+def arrangement_table(table: dict) -> list[str]:
+    """Tabulate the runs, each row's by accuracy; correlate share and accuracy."""
+    rows, within = [], []
+    for row in table['rows']:
+        runs = sorted(whole_runs(row), key=lambda run: run['accuracy'])
+        for run in runs:
+            cells = (f'{run["share"]:.1%}', f'{run["accuracy"]:.2%}')
+            rows.append([row['title'], str(run['seed']), *cells])
+        found = np.array([(run['share'], run['accuracy']) for run in runs]).reshape(-1, 2)
+        within.append((found, found - found.mean(axis=0) if len(found) else found))
+    both = [
+        rank_correlation(*np.concatenate(arrays).round(12).T)
+        for arrays in zip(*within, strict=True)
+    ]
+    overall, in_row = ('undefined' if r is None else f'{r:.2f}' for r in both)
+    count = sum(table['reference']['confusions'].values())
+    return [
+        *markdown(['', 'seed', 'confusions between neighbours', 'test accuracy'], rows),
+        f'- rank correlation of the two columns over {len(rows)} runs: {overall}; of their '
+        f'differences to the means of the objective: {in_row}',
+        f'- reference: the {count} confusions of `{table["reference"]["options"]}`, seeds '
+        f'{", ".join(map(str, table["reference"]["seeds"]))}',
+    ]
+
+
+KINDS: dict[str, Callable[[dict], list[str]]] = {
+    'results': results_table,
+    'open-set': open_set_table,
+    'original': original_table,
+    'convergence': convergence_table,
+    'arrangement': arrangement_table,
+}
+
+
+def render(table: dict) -> str:
+    """Return Markdown of a table, with the command that makes it and the machine."""
+    made_by = '; '.join(
+        f'{made["processor"]} ({made["instruction_set"]}, threads: {made["threads"]}), MXNet '
+        f'{made["mxnet"]}, program {made["program"]}'
+        for made in table['made_by']
+    )
+    lines = [
+        f'Made by `{table["command"]}`. Every run is `{table["options"]}` and the options of its '
+        f'row. ± is the standard deviation over seeds. Measured on {made_by}.',
+        '',
+    ]
+    for line in KINDS[table['kind']](table):
+        if line.startswith('- ') and lines[-1].startswith('|'):
+            lines.append('')  # a list begins
+        lines.append(line)
+    return '\n'.join(lines) + '\n'
