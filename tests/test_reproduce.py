@@ -7,16 +7,20 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from common.checkpoints import Checkpoints
+from common.embedder import TRAINED, Embedder
 from common.errors import InputError
 from common.evaluation import cluster_statistics, embed
+from common.pictures import picture_style
 import data
 from helpers import ROOT, run_python
-from tools import experiments, reproduce
+from tools import arrangement, experiments, reproduce, runs
+from tools.table_kinds import KINDS, render
 import train
 import vis
 
@@ -32,7 +36,8 @@ PICTURE = (
 def finished(tmp_path_factory):
     """Two finished runs: their folder and what was printed."""
     folder = tmp_path_factory.mktemp('reproduce')
-    result = run_python(*REPRODUCE, *SMALL, '--images=images', cwd=folder, PYTHONPATH=str(ROOT))
+    options = ['--images=images', '--tables=tables']
+    result = run_python(*REPRODUCE, *SMALL, *options, cwd=folder, PYTHONPATH=str(ROOT))
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
@@ -49,7 +54,7 @@ def table_rows(printed):
 @pytest.mark.slow
 def test_epochs_are_announced(finished):
     _, printed = finished
-    assert re.match(r'2 epochs to train in 2 runs, [12] side by side\n', printed)
+    assert re.match(r'2 runs, 2 epochs, [12] side by side: less than two minutes\n', printed)
 
 
 @pytest.mark.slow
@@ -61,14 +66,34 @@ def test_table_has_measurements(finished):
         embeddings, logits = embed(prefix, 1, digits.val_images)
         accuracy = np.mean(logits.argmax(axis=1) == digits.val_labels)
         clusters = cluster_statistics(embeddings, digits.val_labels)
-        beginning = f'| `{experiments.RUNS[name]}` | 1 | '
-        (row,) = (row for row in table_rows(printed) if row.startswith(beginning))
+        options = f' | `{experiments.RUNS[name]}` | '
+        (row,) = (row for row in table_rows(printed) if options in row)
         forms = ('{:.2%}', '{:.3f}', '{:.3f}', '{:.4f}')
         cells = [form.format(x) for form, x in zip(forms, (accuracy, *clusters), strict=True)]
         assert row.split(' | ')[2:6] == cells
         record = json.loads(Path(f'{prefix}.json').read_text())
         assert record['result']['course'] == [pytest.approx(accuracy, abs=1e-6)]
         assert f'--save-model-prefix={name}' in record['command']
+        wrong = logits.argmax(axis=1) != digits.val_labels
+        assert sum(record['result']['confusions'].values()) == wrong.sum()
+        assert np.shape(record['result']['centers']) == (10, 2)
+
+
+@pytest.mark.slow
+def test_table_is_written(finished):
+    """In a file that the printed table can be made of, without a path of this machine."""
+    folder, printed = finished
+    text = (folder / 'tables' / 'ring-mnist-5k.json').read_text()
+    table = json.loads(text)
+    assert render(table) in printed
+    assert table['rows'][0]['runs'][0]['seed'] == 0
+    (made_by,) = table['made_by']
+    assert made_by['mxnet'] == '1.9.1' and made_by['processor']
+    assert table['command'] == (
+        'python -m tools.reproduce --only ring --dataset=mnist-5k --seeds=1 --num-epochs=1 '
+        '--num-examples=500'
+    )
+    assert str(folder) not in text
 
 
 @pytest.mark.slow
@@ -123,28 +148,124 @@ def test_stopped_program_continues(in_own_folder):
         assert Checkpoints(prefix).epochs() == [num_epochs]
 
 
-def test_mean_and_deviation():
-    columns = {'intra': 1.0, 'inter': 2.0, 'ratio': 0.5, 's/epoch': 3.0}
-    found = [{'accuracy': accuracy, **columns} for accuracy in (0.98, 0.99, 0.985)]
-    found.append({'failure': 'training diverged'})
-    row = reproduce.table({'softmax': found}).splitlines()[-1]
-    assert row == (
-        '| `--center-loss-weight=0` | 4, 1 diverged | 98.50% ± 0.50 | 1.000 ± 0.000 | '
-        '2.000 ± 0.000 | 0.5000 ± 0.0000 | 3.0 ± 0.0 |'
-    )
-    assert reproduce.table({'softmax': []}) == ''
+def test_neighbours():
+    corners = [(0, 0), (4, 0), (4, 3), (0, 3)]
+    assert arrangement.neighbours([*corners, (2, 1)]) == {
+        *((0, 1), (1, 2), (2, 3), (0, 3)),
+        *((corner, 4) for corner in range(4)),
+    }
+    for unfit in ([(0, 0), (1, 1)], [(0, 0), (1, 1), (2, 2)], [(0, 0)] * 3):
+        with pytest.raises(InputError, match='no Delaunay triangulation'):
+            arrangement.neighbours(unfit)
 
 
-def test_original_table():
-    courses = [(0.768, 0.812, 0.917, 0.94), (0.784, 0.815, 0.915, 0.932)]
-    rows = reproduce.original_table(courses).splitlines()[-4:]
-    assert rows[0] == '| 1 | 77.6% | 76.8% to 78.4% | 79.9% |'
-    assert rows[3] == '| 4 | 93.6% | 93.2% to 94.0% | 95.1% |'
+def test_share_between_neighbours():
+    labels, predicted = np.array([0, 2, 1, 3, 4, 0, 4]), np.array([2, 0, 3, 3, 0, 0, 1])
+    confused = arrangement.confusions(labels, predicted)
+    assert confused == {'0-2': 2, '0-4': 1, '1-3': 1, '1-4': 1}
+    square = [(0, 0), (4, 0), (4, 3), (0, 3), (2, 1)]
+    assert arrangement.share_between_neighbours(square, confused) == 2 / 5
+    assert arrangement.confusions(labels, labels) == {}
+
+
+@pytest.mark.slow
+def test_arrangements_are_drawn():
+    digits = data.load_digits('mnist-5k')
+    few = digits._replace(val_images=digits.val_images[::5], val_labels=digits.val_labels[::5])
+    prefixes = [TRAINED.with_name(name) for name in ('center_loss', 'softmax')]
+    with picture_style():
+        figure = arrangement.draw_arrangements(prefixes, ['seed 0', 'seed 1'], [0.25, 0.5], few)
+    for ax, prefix, share in zip(figure.axes, prefixes, ('25.0%', '50.0%'), strict=True):
+        edges = len(arrangement.neighbours(Embedder(prefix).centers))
+        (drawn, _) = ax.get_lines()  # edges, and no markers
+        assert np.isfinite(drawn.get_xdata()).sum() == 2 * edges
+        texts = [text.get_text() for text in ax.texts]
+        assert any(f'{share} of the confusions are between neighbours' in text for text in texts)
+    assert [ax.get_title()[:6] for ax in figure.axes] == ['seed 0', 'seed 1']
+
+
+def test_arrangement_table(tmp_path, monkeypatch):
+    """Shares are of the confusions of all reference runs; a run that diverged has none."""
+    square = [[0, 0], [4, 0], [4, 3], [0, 3], [2, 1]]
+    made_by = {'processor': 'X'}
+    found = {
+        'dim-10': {'accuracy': 0.99, 'confusions': {'0-2': 3, '0-1': 1}, 'made_by': made_by},
+        'softmax': {'failure': 'training diverged: NaN; continue with: python /home/x/train.py'},
+    }
+
+    def result(run):
+        others = {'accuracy': 0.98, 'centers': square, 'made_by': made_by}
+        return found.get(run.name, others)
+
+    monkeypatch.setattr(runs.Run, 'result', result)
+    options = {'num_epochs': 20, 'num_examples': 60000, 'options': '', 'data_dir': None}
+    args = SimpleNamespace(work=tmp_path, dataset='mnist', **options)
+    names = experiments.PARTS['arrangement'].runs()
+    both = {name: [runs.Run(name, seed, args) for seed in range(2)] for name in names}
+    table = reproduce.make_table('arrangement', both, args, [])
+    assert table['reference']['confusions'] == {'0-2': 6, '0-1': 2}
+    assert table['reference']['seeds'] == [0, 1]
+    diverged, *others = table['rows']
+    assert diverged['runs'][0] == {'seed': 0, 'failure': 'training diverged: NaN'}
+    assert all(run['share'] == 2 / 8 for row in others for run in row['runs'])
+    assert table['made_by'] == [made_by]
+    assert 'centers' not in others[0]['runs'][0]
+
+
+def test_duration():
+    texts = {50: 'less than two minutes', 3000: 'about 50 min', 18500: 'about 5 h 10 min'}
+    for seconds, text in {**texts, 7100: 'about 2 h'}.items():
+        assert runs.duration(seconds) == text
+
+
+def made_up_run(epochs_left, network='lenet', classes=None):
+    """What ``estimate`` asks a run."""
+    options = ['--dataset=mnist-5k', f'--network={network}']
+    options += [f'--classes={classes}'] if classes else []
+    args = train.parse_args(options)
+    return SimpleNamespace(options=args, epochs_left=lambda: epochs_left)
+
+
+def test_estimate(monkeypatch):
+    """Steps of each network are measured once for each job; those of finished epochs are left."""
+    measured = []
+
+    def run_python(*arguments, **environment):
+        measured.append((arguments[-1], environment))
+        return '0.5\n' if "'lenet'," in arguments[-1] else '5\n'
+
+    monkeypatch.setattr(runs, 'run_python', run_python)
+    both = [made_up_run(left) for left in (1, 3)]
+    # 4,000 images to train on and 1,000 to validate on: 40 steps, and 10 at a third of the cost
+    epoch = (40 + 10 / 3) * 0.5
+    assert runs.estimate(both, jobs=2, threads=1) == pytest.approx(3 * epoch)  # the longest one
+    assert len(measured) == 2 and measured[0][1] == {'OMP_NUM_THREADS': '1'}
+    assert runs.estimate(both, jobs=1, threads=1) == pytest.approx(4 * epoch)
+    assert runs.estimate([made_up_run(0)], jobs=1, threads=1) == 0
+    mixed = [made_up_run(1), made_up_run(1, 'lenet++')]
+    assert runs.estimate(mixed, jobs=1, threads=1) == pytest.approx(11 * epoch)
+    seen = runs.estimate([made_up_run(1, classes='0,1')], jobs=1, threads=1)
+    assert 0 < seen < epoch / 3
 
 
 def test_runs_are_in_parts():
-    named = {name for part in experiments.PARTS.values() for name in part}
+    named = {name for part in experiments.PARTS.values() for name in part.runs()}
     assert named == experiments.RUNS.keys()
+    for part in experiments.PARTS.values():
+        assert {row for pair in part.compare for row in pair} <= part.rows.keys()
+        assert part.kind in KINDS
+
+
+def test_splits_leave_four_classes_out():
+    unseen = [{*range(10)} - {*map(int, seen.split(','))} for seen in experiments.SPLITS.values()]
+    assert unseen == [{0, 1, 2, 3}, {3, 4, 5, 6}, {6, 7, 8, 9}]
+    assert len(experiments.PARTS['open-set'].rows) == 6
+    for names in experiments.PARTS['open-set'].rows.values():
+        options = [experiments.RUNS[name].split(maxsplit=1) for name in names]
+        assert [first for first, _ in options] == [
+            f'--classes={seen}' for seen in experiments.SPLITS.values()
+        ]
+        assert len({others for _, others in options}) == 1
 
 
 def test_options_parse():
@@ -153,11 +274,13 @@ def test_options_parse():
     for part, file, options in experiments.PICTURES:
         vis.parse_args(options)
         used = {option.removesuffix('.txt') for option in options if not option.startswith('--')}
-        assert used <= set(experiments.PARTS[part]), file
+        assert used <= {*experiments.PARTS[part].runs()}, file
 
 
 def test_original_recipe_is_the_original():
     args = train.parse_args(experiments.RUNS['original'].split())
     assert (args.lr, args.initializer, args.batch_size) == (0.01, 'original', 128)
     assert args.center_loss_weight == 0.0078125
-    assert args.num_epochs == len(reproduce.ORIGINAL_COURSE)
+    softmax = train.parse_args(experiments.RUNS['original-softmax'].split())
+    different = {name for name, value in vars(args).items() if value != getattr(softmax, name)}
+    assert different == {'center_loss_weight'} and softmax.center_loss_weight == 0

@@ -75,6 +75,8 @@ def entry(run: Run, result: dict) -> dict:
     classes = run.options.classes
     listed = {'classes': ','.join(map(str, classes))} if classes else {}
     values = {name: value for name, value in result.items() if name not in NOT_IN_TABLES}
+    if 'failure' in values:  # without the advice, which has paths of this machine
+        values['failure'] = values['failure'].partition(';')[0]
     return {'seed': run.seed, **listed, **values}
 
 

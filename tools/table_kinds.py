@@ -28,6 +28,12 @@ def whole_runs(row: dict) -> list[dict]:
     return [run for run in row['runs'] if 'failure' not in run]
 
 
+def diverged(row: dict) -> str:
+    """Return how many of the runs of a row diverged, '' for none."""
+    failed = len(row['runs']) - len(whole_runs(row))
+    return f', {failed} diverged' if failed else ''
+
+
 def by_seed(row: dict, column: str) -> dict[int, float]:
     """Return a value by seed: where a row has several splits, their mean."""
     values = {}
@@ -66,9 +72,7 @@ def results_table(
         values = {column: [*by_seed(row, column).values()] for column in columns}
         cells = [mean_and_deviation(FORMS[column], values[column]) for column in columns]
         each = ', '.join(FORMS[listed].format(value).rstrip('%') for value in values[listed])
-        failed = len(row['runs']) - len(whole_runs(row))
-        each += f'; {failed} diverged' if failed else ''
-        rows.append([row['title'], options_of(row), *cells, each])
+        rows.append([row['title'], options_of(row), *cells, each + diverged(row)])
     lines = markdown(['', 'options', *columns, f'{listed} of each seed'], rows)
     for ours, theirs in compared_rows(table):
         lines += [comparison(ours, theirs, c) for c in columns if c in ('accuracy', *UNSEEN)]
@@ -126,7 +130,8 @@ def original_table(table: dict) -> list[str]:
         courses = [run['course'] for run in whole_runs(row)]
         if courses:
             columns.append((courses, ORIGINAL_COURSES[row['title']]))
-            head += [f'{row["title"]}: mean of {len(courses)}', 'range', 'the original']
+            mean = f'{row["title"]}: mean of {len(courses)} seeds{diverged(row)}'
+            head += [mean, 'range', 'the original, one run']
     rows = []
     for epoch in sorted({epoch for _, original in columns for epoch in original}):
         cells = [str(epoch)]
@@ -144,14 +149,20 @@ def epochs_to(level: float, course: Sequence[float]) -> float:
     return next((epoch for epoch, value in enumerate(course, 1) if value >= level), math.inf)
 
 
+def epochs_cell(level: float, run: dict) -> str:
+    """Return :func:`epochs_to` of a run in words."""
+    if 'failure' in run:
+        return 'diverged'
+    epochs = epochs_to(level, run['course'])
+    return 'not reached' if math.isinf(epochs) else str(epochs)
+
+
 def convergence_table(table: dict) -> list[str]:
     """Tabulate the epochs that each seed needs to some accuracies."""
     rows = []
     for row in table['rows']:
         cells = [row['title'], options_of(row)]
-        for level in LEVELS:
-            needed = [epochs_to(level, run['course']) for run in whole_runs(row)]
-            cells.append(', '.join('not reached' if math.isinf(n) else str(n) for n in needed))
+        cells += [', '.join(epochs_cell(level, run) for run in row['runs']) for level in LEVELS]
         rows.append(cells)
     lines = markdown(['', 'options', *(f'epochs to {level:.0%}' for level in LEVELS)], rows)
     for ours, theirs in compared_rows(table):
@@ -195,11 +206,8 @@ def arrangement_table(table: dict) -> list[str]:
             rows.append([row['title'], str(run['seed']), *cells])
         found = np.array([(run['share'], run['accuracy']) for run in runs]).reshape(-1, 2)
         within.append((found, found - found.mean(axis=0) if len(found) else found))
-    both = [
-        rank_correlation(*np.concatenate(arrays).round(12).T)
-        for arrays in zip(*within, strict=True)
-    ]
-    overall, in_row = ('undefined' if r is None else f'{r:.2f}' for r in both)
+    both = [np.concatenate(arrays).round(12).T for arrays in zip(*within, strict=True)]
+    overall, in_row = (rank_correlation(*columns) for columns in both)
     count = sum(table['reference']['confusions'].values())
     return [
         *markdown(['', 'seed', 'confusions between neighbours', 'test accuracy'], rows),
