@@ -35,19 +35,20 @@ from tools.runs import Run, common_options, data_options, train_all
 from tools.table_kinds import render
 
 ARRANGED = 'lambda-1'  # whose seeds the picture of the arrangements shows
-NOT_IN_TABLES = ('confusions', 'centers', 'made_by')
+NOT_IN_TABLES = {'confusions', 'centers', 'made_by'}
 
 Runs = dict[str, list[Run]]  # of every seed, by name
 
 
 def make_table(part: str, runs: Runs, args: argparse.Namespace, command: Sequence[str]) -> dict:
     """Return what the JSON file of a part has; see ``tools.tables``."""
-    rows, compare = PARTS[part].rows, PARTS[part].compare
+    rows, kind, compare = PARTS[part]
+    unlisted = NOT_IN_TABLES | (set() if kind in ('original', 'convergence') else {'course'})
     results = {run: run.result() for name in PARTS[part].runs() for run in runs[name]}
     made_by = [result['made_by'] for result in results.values() if 'made_by' in result]
     common = [f'--dataset={args.dataset}', *common_options(args), '--seed=SEED']
     table = {
-        'kind': PARTS[part].kind,
+        'kind': kind,
         'command': shlex.join(['python', '-m', 'tools.reproduce', '--only', part, *command]),
         'options': shlex.join(['python', 'train.py', *common]),
         'made_by': [made for i, made in enumerate(made_by) if made not in made_by[:i]],
@@ -56,12 +57,14 @@ def make_table(part: str, runs: Runs, args: argparse.Namespace, command: Sequenc
             {
                 'title': title,
                 'options': [RUNS[name] for name in names],
-                'runs': [entry(run, results[run]) for name in names for run in runs[name]],
+                'runs': [
+                    entry(run, results[run], unlisted) for name in names for run in runs[name]
+                ],
             }
             for title, names in rows.items()
         ],
     }
-    if PARTS[part].kind == 'arrangement':
+    if kind == 'arrangement':
         table['reference'] = reference(runs)
         for row, names in zip(table['rows'], rows.values(), strict=True):
             for found, run in zip(row['runs'], runs[names[0]], strict=True):
@@ -70,11 +73,11 @@ def make_table(part: str, runs: Runs, args: argparse.Namespace, command: Sequenc
     return table
 
 
-def entry(run: Run, result: dict) -> dict:
-    """Return what a table has of a run."""
+def entry(run: Run, result: dict, unlisted: set[str]) -> dict:
+    """Return what a table has of a run, without the ``unlisted`` values."""
     classes = run.options.classes
     listed = {'classes': ','.join(map(str, classes))} if classes else {}
-    values = {name: value for name, value in result.items() if name not in NOT_IN_TABLES}
+    values = {name: value for name, value in result.items() if name not in unlisted}
     if 'failure' in values:  # without the advice, which has paths of this machine
         values['failure'] = values['failure'].partition(';')[0]
     return {'seed': run.seed, **listed, **values}
