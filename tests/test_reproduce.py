@@ -180,7 +180,9 @@ def test_arrangements_are_drawn():
         (drawn, _) = ax.get_lines()  # edges, and no markers
         assert np.isfinite(drawn.get_xdata()).sum() == 2 * edges
         texts = [text.get_text() for text in ax.texts]
-        assert any(f'{share} of the confusions are between neighbours' in text for text in texts)
+        assert any(
+            f'{share} of the reference confusions are between neighbours' in text for text in texts
+        )
     assert [ax.get_title()[:6] for ax in figure.axes] == ['seed 0', 'seed 1']
 
 

@@ -107,8 +107,8 @@ def test_paired_seeds():
     better = accuracies('better', 0.9812, 0.9841, 0.99)  # whose third seed has no other
     compare = [('better', 'softmax'), ('close', 'softmax')]
     assert lines_of('results', softmax, close, better, compare=compare)[-2:] == [
-        '- accuracy: better above softmax in 2 of 2 seeds, by 0.12 to 0.31 points',
-        '- accuracy: close above softmax in 1 of 2 seeds, the differences are -0.20 to +0.10 '
+        '- better above softmax: accuracy in 2 of 2 seeds, by 0.12 to 0.31 points',
+        '- close above softmax: accuracy in 1 of 2 seeds, the differences are -0.20 to +0.10 '
         'points',
     ]
 
@@ -132,7 +132,10 @@ def test_splits_are_averaged():
     assert lines[4].startswith('| softmax | `--embedding-dim=2 --center-loss-weight=0` | 75.00% ± ')
     assert ' | 0.7500 ± 0.0707 | 75.0% ± 7.1 | ' in lines[4]
     assert lines[4].endswith(' | 0.7000, 0.8000 |')
-    assert '- AUC: ours above softmax in 4 of 4 seeds and splits, by 0.0100 to 0.0100' in lines
+    assert lines[-1].startswith(
+        '- ours above softmax: accuracy in 4 of 4 seeds and splits, by 1.00 '
+    )
+    assert '; AUC in 4 of 4 seeds and splits, by 0.0100 to 0.0100; ' in lines[-1]
 
 
 def test_original():
@@ -158,12 +161,15 @@ def test_convergence():
         f'| softmax | {options} | 2, 1 | 3, not reached | {none} |',
         f'| center | {options} | 1, 3 | 2, not reached | {none} |',
     ]
-    sooner = 'center sooner than softmax in'
     assert lines[4:] == [
-        f'- 95%: {sooner} 1 of 2 seeds, later in 1, with as many epochs in 0',
-        f'- 97%: {sooner} 1 of 2 seeds, later in 0, with as many epochs in 0, neither in 1',
-        f'- 98%: {sooner} 0 of 2 seeds, later in 0, with as many epochs in 0, neither in 2',
+        '- center against softmax, 2 seeds: 95% sooner 1, later 1; 97% sooner 1, reached by '
+        'neither 1; 98% reached by neither 2',
     ]
+    softmax['runs'] += ({'seed': 2, 'failure': 'training diverged'},)
+    center['runs'] += ({'seed': 2, 'course': (0.95,)},)
+    lines = lines_of('convergence', softmax, center, compare=[('center', 'softmax')])
+    assert lines[2].startswith(f'| softmax | {options} | 2, 1, diverged | ')
+    assert lines[4].startswith('- center against softmax, 2 seeds: ')
 
 
 def test_arrangement():

@@ -81,10 +81,10 @@ def draw_arrangements(
         checkpoints = Checkpoints(prefix)
         epoch = max(checkpoints.epochs())
         panel = make_panel(checkpoints, epoch, name, digits, 'test')
-        caption = f'{panel.caption}\n{share:.1%} of the confusions are between neighbours'
+        caption = f'{panel.caption}\n{share:.1%} of the reference confusions are between neighbours'
         panels.append(panel._replace(caption=caption))
         centers.append(Embedder(checkpoints, epoch).centers)
     figure = draw_embeddings(panels, digits.class_names)
     for ax, points in zip(figure.axes, centers, strict=True):
-        ax.triplot(triangulation(points), color='0.55', lw=0.8, zorder=0.5)
+        ax.triplot(triangulation(points), color='0.7', lw=0.8, zorder=0.5)
     return figure

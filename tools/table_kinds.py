@@ -75,7 +75,8 @@ def results_table(
         rows.append([row['title'], options_of(row), *cells, each + diverged(row)])
     lines = markdown(['', 'options', *columns, f'{listed} of each seed'], rows)
     for ours, theirs in compared_rows(table):
-        lines += [comparison(ours, theirs, c) for c in columns if c in ('accuracy', *UNSEEN)]
+        found = [comparison(ours, theirs, c) for c in columns if c in ('accuracy', *UNSEEN)]
+        lines.append(f'- {ours["title"]} above {theirs["title"]}: {"; ".join(found)}')
     return lines
 
 
@@ -100,10 +101,10 @@ def paired(ours: dict, theirs: dict) -> list[tuple[dict, dict]]:
 
 
 def comparison(ours: dict, theirs: dict, column: str) -> str:
-    """Return a line of a list: in how many seeds a value is higher, and by how much."""
+    """Return in how many seeds a value is higher, and by how much."""
     pairs = paired(ours, theirs)
     if not pairs:
-        return f'- {column}: {ours["title"]} and {theirs["title"]} have no seed in common'
+        return f'{column} with no seed in common'
     scale, form, unit = (100, '.2f', ' points') if '%' in FORMS[column] else (1, '.4f', '')
     differences = sorted(scale * (run[column] - other[column]) for run, other in pairs)
     above = sum(difference > 0 for difference in differences)
@@ -112,15 +113,8 @@ def comparison(ours: dict, theirs: dict, column: str) -> str:
         span = f'the differences are {low:+{form}} to {high:+{form}}{unit}'
     else:
         span = f'by {low:{form}} to {high:{form}}{unit}'
-    return (
-        f'- {column}: {ours["title"]} above {theirs["title"]} in {above} of {len(pairs)} '
-        f'{repetitions(ours)}, {span}'
-    )
-
-
-def repetitions(row: dict) -> str:
-    """Return what the runs of a row differ in."""
-    return 'seeds and splits' if len(row['options']) > 1 else 'seeds'
+    repetitions = 'seeds and splits' if len(ours['options']) > 1 else 'seeds'
+    return f'{column} in {above} of {len(pairs)} {repetitions}, {span}'
 
 
 def original_table(table: dict) -> list[str]:
@@ -167,18 +161,22 @@ def convergence_table(table: dict) -> list[str]:
     lines = markdown(['', 'options', *(f'epochs to {level:.0%}' for level in LEVELS)], rows)
     for ours, theirs in compared_rows(table):
         pairs = paired(ours, theirs)
-        for level in LEVELS:
-            needed = [[epochs_to(level, run['course']) for run in pair] for pair in pairs]
-            needed = [pair for pair in needed if min(pair) < math.inf]
-            sooner = sum(first < second for first, second in needed)
-            later = sum(first > second for first, second in needed)
-            lines.append(
-                f'- {level:.0%}: {ours["title"]} sooner than {theirs["title"]} in {sooner} of '
-                f'{len(pairs)} seeds, later in {later}, with as many epochs in '
-                f'{len(needed) - sooner - later}'
-                + (f', neither in {len(pairs) - len(needed)}' if len(needed) < len(pairs) else '')
-            )
+        found = [sooner_or_later(level, pairs) for level in LEVELS] if pairs else []
+        heading = f'{ours["title"]} against {theirs["title"]}, {len(pairs)} seeds'
+        lines.append(f'- {heading}: {"; ".join(found)}')
     return lines
+
+
+def sooner_or_later(level: float, pairs: Sequence[tuple[dict, dict]]) -> str:
+    """Return in how many pairs of runs the first one needs fewer, or more, epochs to a level."""
+    needed = [[epochs_to(level, run['course']) for run in pair] for pair in pairs]
+    counts = {
+        'sooner': sum(first < second for first, second in needed),
+        'later': sum(first > second for first, second in needed),
+        'equally soon': sum(first == second < math.inf for first, second in needed),
+        'reached by neither': sum(first == second == math.inf for first, second in needed),
+    }
+    return f'{level:.0%} ' + ', '.join(f'{word} {count}' for word, count in counts.items() if count)
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
