@@ -17,7 +17,7 @@ from common.environment import available_cpus, mx
 from common.errors import Failure
 from common.module import Module
 from data import mnist_iterator
-from train import INITIALIZERS
+from train import INITIALIZERS, get_symbol
 from train_model import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,6 +129,17 @@ def endless(batches: mx.io.DataIter):
     while True:
         yield from batches
         batches.reset()
+
+
+def step_seconds(network: str, batch_size: int) -> float:
+    """Measure a training step of one of train.py's networks, for a second."""
+    training = Training(get_symbol(network=network, vectorized=True), batch_size, num_steps=1)
+    training()  # the first step prepares memory
+    steps, begin = 0, time.perf_counter()
+    while time.perf_counter() < begin + 1:
+        training()
+        steps += 1
+    return (time.perf_counter() - begin) / steps
 
 
 class TrainingProcess:

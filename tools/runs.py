@@ -11,7 +11,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 
 import numpy as np
 from tqdm import tqdm
@@ -26,8 +25,8 @@ from common.files import replace_when_whole
 from data import load_digits, mnist_iterator
 from tools.arrangement import confusions
 from tools.experiments import ANIMATED, RUNS
-from tools.measuring import ROOT, Training, processor, run_python
-from train import get_symbol, parse_args
+from tools.measuring import ROOT, processor, run_python
+from train import parse_args
 
 # What is measured of a run, in this order; the last four are verification of unseen classes, by
 # Euclidean distance and by cosine.
@@ -160,17 +159,6 @@ def data_options(args: argparse.Namespace) -> list[str]:
     return [f'--dataset={args.dataset}', *folder]
 
 
-def step_seconds(network: str, batch_size: int) -> float:
-    """Measure a training step of one of train.py's networks, for a second."""
-    training = Training(get_symbol(network=network, vectorized=True), batch_size, num_steps=1)
-    training()  # the first step prepares memory
-    steps, begin = 0, time.perf_counter()
-    while time.perf_counter() < begin + 1:
-        training()
-        steps += 1
-    return (time.perf_counter() - begin) / steps
-
-
 @functools.cache
 def steps_per_epoch(batch_size: int, dataset: str, data_dir: str | None, *options: object) -> float:
     """Return the number of steps; validation, forward only, counts a third of a training step."""
@@ -199,7 +187,7 @@ def estimate(runs: Sequence[Run], jobs: int, threads: int) -> float:
         if not run.epochs_left():
             continue
         if network not in measured:
-            code = f'from tools.runs import step_seconds; print(step_seconds{network})'
+            code = f'from tools.measuring import step_seconds; print(step_seconds{network})'
             measure = functools.partial(run_python, '-c', code, OMP_NUM_THREADS=str(threads))
             with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
                 printed = [pool.submit(measure) for _ in range(jobs)]
