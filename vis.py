@@ -29,8 +29,7 @@ two classes have.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
-import contextlib
+from collections.abc import Iterable, Sequence
 import itertools
 import logging
 import math
@@ -50,6 +49,7 @@ from common.embedder import Embedder
 from common.errors import InputError
 from common.evaluation import FALSE_ACCEPTS, center_loss_weight, embed, evaluate
 from common.image_files import OwnImages, load_images
+from common.log_file import log_to_stderr
 import data
 
 if TYPE_CHECKING:
@@ -410,28 +410,6 @@ def newest_epoch(prefix: str, option: str = '--model-prefix') -> int:
     return epochs[-1]
 
 
-@contextlib.contextmanager
-def log_to_stderr() -> Iterator[None]:
-    """Log plain lines to stderr within the block, unless the program has a log of its own.
-
-    Warnings of data.py are left out: training has shown them, and the data set is named in what is
-    printed and drawn.
-    """
-    logger = logging.getLogger()
-    if logger.handlers:
-        yield
-        return
-    level, handler = logger.level, logging.StreamHandler()
-    handler.addFilter(lambda record: record.module != 'data' or record.levelno < logging.WARNING)
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
 def main(argv: Sequence[str] = ()) -> None:
     """Draw what the command line asks for. Raises InputError for a mistake in it."""
     args = parse_args(argv)
@@ -441,7 +419,8 @@ def main(argv: Sequence[str] = ()) -> None:
     else:
         pictures.check_output(output, '--output')
     own = None
-    with log_to_stderr(), pictures.picture_style():
+    # Training has shown the warnings of data.py, and the data set is named in what is drawn.
+    with log_to_stderr(but_warnings_of='data'), pictures.picture_style():
         if args.curves:
             figure, report = draw_curves(args.curves)
         else:

@@ -108,3 +108,26 @@ def log_when_stopped(resume_hint: Callable[[], str]) -> Iterator[None]:
     except KeyboardInterrupt:
         logging.warning('stopped: %s', resume_hint())
         raise
+
+
+@contextlib.contextmanager
+def log_to_stderr(but_warnings_of: str = '') -> Iterator[None]:
+    """Log plain lines to stderr within the block, unless the program has a log of its own.
+
+    Warnings of one module, named by ``but_warnings_of``, may be left out.
+    """
+    logger = logging.getLogger()
+    if logger.handlers:
+        yield
+        return
+    level, handler = logger.level, logging.StreamHandler()
+    handler.addFilter(
+        lambda record: record.module != but_warnings_of or record.levelno < logging.WARNING
+    )
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -165,7 +165,7 @@ def test_table_and_files(digits, sample, capsys):
 
 def test_the_others_go_on(digits, capsys):
     Path('text.png').write_text('no image')
-    with pytest.raises(Failure, match='1 of the files could not be read') as failure:
+    with pytest.raises(Failure, match='could not be read and were left out: 1') as failure:
         tool.main(['text.png', 'digits', '--output=own.csv'])
     assert failure.value.exit_status == 1
     said = capsys.readouterr()
@@ -197,6 +197,14 @@ def test_exit_status(digits):
         result = run_python('-m', 'tools.embed', *images, PYTHONPATH=str(ROOT))
         assert result.returncode == status
         assert len(result.stderr.splitlines()) == (0, 2, 1)[status]
+
+
+@pytest.mark.slow
+def test_warnings_are_plain_lines(run, digits):
+    Path('run-0003.json').unlink()
+    result = run_python('-m', 'tools.embed', *digits, '--model-prefix=run', PYTHONPATH=str(ROOT))
+    assert result.returncode == 0
+    assert result.stderr == 'run-0003.params has no checksum, and cannot be checked\n'
 
 
 def test_marked_in_the_picture(run, digits, sample, monkeypatch):

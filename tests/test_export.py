@@ -302,7 +302,7 @@ def test_onnx_example(runs, in_own_folder, capsys):
 @pytest.mark.parametrize('network', ['lenet', 'lenet++'])
 def test_layers_example(network, runs, in_own_folder, capsys):
     """On both networks as they are saved."""
-    exec(LAYERS_CODE.replace('center_loss-symbol', f'{runs[network]}-symbol'), {})
+    exec(LAYERS_CODE.replace('data/trained/center_loss-symbol', f'{runs[network]}-symbol'), {})
     shown = capsys.readouterr().out
     params, _ = Checkpoints(runs[network]).load_params(1)
     count = sum(value.size for name, value in params.items() if 'slope' not in name)

@@ -181,7 +181,7 @@ def test_bad_files(capsys):
             load_images([file], 'mnist', (28, 28))
     own = load_images([*BAD_FILES, 'whole.jpg'], 'mnist', (28, 28))
     assert own.names == ['whole.jpg'] and len(own.failures) == len(BAD_FILES)
-    with pytest.raises(Failure, match='9 of the files could not be read'):
+    with pytest.raises(Failure, match='could not be read and were left out: 9'):
         own.check_complete()
     assert capsys.readouterr().err.splitlines() == own.failures
 

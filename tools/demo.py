@@ -28,6 +28,7 @@ from common.embedder import Embedder, choose_run
 from common.errors import InputError
 from common.image_files import HANDWRITTEN
 from common.images import prepare_digit, resize
+from common.log_file import log_to_stderr
 from common.pictures import distinct_colors, viewing_plane
 import data
 from tools.demo_server import Server
@@ -210,11 +211,12 @@ def load_data(embedder: Embedder, args: argparse.Namespace) -> data.Digits:
 def main(argv: Sequence[str] = ()) -> None:
     """Serve the page until Ctrl-C; raise InputError for a mistake."""
     args = parse_args(argv)
-    embedders = [Embedder(choose_run(args.model_prefix), args.epoch)]
-    if args.compare_with is not None:
-        embedders.insert(0, Embedder(args.compare_with))
-    print(*(embedder.description for embedder in embedders), sep='\n')
-    demo = Demo(embedders, load_data(embedders[-1], args))
+    with log_to_stderr():
+        embedders = [Embedder(choose_run(args.model_prefix), args.epoch)]
+        if args.compare_with is not None:
+            embedders.insert(0, Embedder(args.compare_with))
+        print(*(embedder.description for embedder in embedders), sep='\n')
+        demo = Demo(embedders, load_data(embedders[-1], args))
     page = PAGE.read_text(encoding='utf-8')
     with Server(page, demo.scene, demo.answer, SIDE * SIDE, args.port or 0) as server:
         print(f'draw at {server.url}, end with Ctrl-C', flush=True)

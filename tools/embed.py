@@ -22,6 +22,7 @@ from common.embedder import Embedded, Embedder, choose_run
 from common.errors import InputError
 from common.files import replace_when_whole
 from common.image_files import load_images
+from common.log_file import log_to_stderr
 
 KINDS = ('.npz', '.csv')
 
@@ -134,7 +135,8 @@ def main(argv: Sequence[str] = ()) -> None:
     Raises InputError for a mistake, and Failure, at the end, if some files could not be read.
     """
     args = parse_args(argv)
-    embedder = Embedder(choose_run(args.model_prefix), args.epoch)
+    with log_to_stderr():
+        embedder = Embedder(choose_run(args.model_prefix), args.epoch)
     own = load_images(args.images, embedder.dataset, embedder.image_shape)
     embedded = embedder(own.images)
     if args.output is not None:

@@ -29,6 +29,7 @@ from common.errors import InputError
 from common.evaluation import center_loss_weight
 from common.files import replace_when_whole
 from common.idx import printable
+from common.log_file import log_to_stderr
 
 OPSET = 13  # the newest that MXNet's converter knows; it would claim that of the installed onnx
 SUFFIXES = ('-symbol.json', '-0000.params', '.onnx')
@@ -175,7 +176,8 @@ def main(argv: Sequence[str] = ()) -> None:
     )
     args = parser.parse_args(list(argv))
     check_output(args.output)
-    embedder = Embedder(choose_run(args.model_prefix), args.epoch)
+    with log_to_stderr():
+        embedder = Embedder(choose_run(args.model_prefix), args.epoch)
     network, path = inference_network(embedder), Path(f'{args.output}.onnx')
     print(printable(embedder.description))
     try:
