@@ -63,6 +63,23 @@ def number(
     return parse
 
 
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--model-prefix`` and ``--epoch`` of the programs that use a trained network."""
+    parser.add_argument(
+        '--model-prefix',
+        metavar='P',
+        help='run whose network is used, the --save-model-prefix of train.py (default: '
+        'center_loss, or where that is missing the network that comes with the program, '
+        'data/trained/center_loss)',
+    )
+    parser.add_argument(
+        '--epoch',
+        type=number(int, minimum=1, maximum=10**9),
+        metavar='N',
+        help='checkpoint of epoch N of this run, counted from 1, instead of the newest',
+    )
+
+
 class LossyStream:
     """A stream that drops what it cannot write: a lost terminal or reader stops no script."""
 

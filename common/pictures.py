@@ -127,7 +127,7 @@ def viewing_plane(embeddings: np.ndarray) -> Plane:
 
 
 def check_output(path: Path, option: str, kinds: Iterable[str] | None = None) -> None:
-    """Raise InputError if no picture can be written to a path.
+    """Raise InputError if no file of one of these kinds can be written to a path.
 
     Parameters
     ----------

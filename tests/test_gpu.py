@@ -205,7 +205,7 @@ def test_fewer_gpus(two_gpus, monkeypatch):
 def test_gpu_without_machine_code(two_gpus):
     two_gpus[1][1] = (
         'Traceback (most recent call last):\n'
-        '  File "/work/mxnet/src/operator/contrib/./../tensor/../mxnet_op.h", line 1143\n'
+        '  File "../src/operator/contrib/./../tensor/../mxnet_op.h", line 1143\n'
         'MXNetError: Check failed: err == cudaSuccess (209 vs. 0) : Name: mxnet_generic_kernel '
         'ErrStr:no kernel image is available for execution on the device'
     )

@@ -23,7 +23,7 @@ import webbrowser
 import numpy as np
 from tqdm import tqdm
 
-from common.command_line import ArgumentParser, number, run_script
+from common.command_line import ArgumentParser, add_run_arguments, number, run_script
 from common.embedder import Embedder, choose_run
 from common.errors import InputError
 from common.image_files import HANDWRITTEN
@@ -164,18 +164,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; raise InputError for a mistake."""
     parser = ArgumentParser(prog='python -m tools.demo', description=__doc__)
     data.add_data_arguments(parser)
-    parser.add_argument(
-        '--model-prefix',
-        metavar='P',
-        help='run that sees the drawing, the --save-model-prefix of train.py (default: '
-        'center_loss, or where that is missing the network that comes with the program)',
-    )
-    parser.add_argument(
-        '--epoch',
-        type=number(int, minimum=1, maximum=10**9),
-        metavar='N',
-        help='checkpoint of epoch N, counted from 1, instead of the newest; of --model-prefix only',
-    )
+    add_run_arguments(parser)
     parser.add_argument(
         '--compare-with',
         metavar='P',

@@ -12,19 +12,19 @@ validation images were from their own is like none of the classes.
 import argparse
 from collections.abc import Sequence
 import csv
-import os
 from pathlib import Path
 
 import numpy as np
 
-from common.command_line import ArgumentParser, number, run_script
+from common.command_line import ArgumentParser, add_run_arguments, run_script
 from common.embedder import Embedded, Embedder, choose_run
 from common.errors import InputError
 from common.files import replace_when_whole
 from common.image_files import load_images
 from common.log_file import log_to_stderr
+from common.pictures import check_output
 
-KINDS = ('.npz', '.csv')
+KINDS = ('npz', 'csv')
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -36,18 +36,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         metavar='IMAGE',
         help='PNG, JPEG or TIFF files of any size and color, folders of them, or IDX files',
     )
-    parser.add_argument(
-        '--model-prefix',
-        metavar='P',
-        help='run that embeds them, the --save-model-prefix of train.py (default: center_loss, or '
-        'where that is missing the network that comes with the program, data/trained/center_loss)',
-    )
-    parser.add_argument(
-        '--epoch',
-        type=number(int, minimum=1, maximum=10**9),
-        metavar='N',
-        help='checkpoint of epoch N, counted from 1, instead of the newest',
-    )
+    add_run_arguments(parser)
     parser.add_argument(
         '--output',
         type=Path,
@@ -56,23 +45,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.output is not None:
-        check_output(args.output)
+        check_output(args.output, '--output', KINDS)
     return args
-
-
-def check_output(path: Path) -> None:
-    """Raise InputError if no table can be written to a path."""
-    problem = None
-    if path.suffix.lower() not in KINDS:
-        problem = 'the file name has to end in .npz or .csv'
-    elif path.is_dir():
-        problem = 'it is a folder'
-    elif not path.parent.is_dir():
-        problem = f'there is no folder {path.parent}'
-    elif not os.access(path.parent, os.W_OK | os.X_OK):
-        problem = f'no permission to write to {path.parent}'
-    if problem:
-        raise InputError(f'--output={path} cannot be written: {problem}')
 
 
 def table(names: Sequence[str], embedded: Embedded, class_names: Sequence[str]) -> list[str]:

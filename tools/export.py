@@ -23,7 +23,7 @@ from common.environment import mx
 from common.array_file import encode_arrays, tagged
 from common.checkpoint_files import write_synced
 from common.checkpoints import Checkpoints
-from common.command_line import ArgumentParser, number, run_script
+from common.command_line import ArgumentParser, add_run_arguments, run_script
 from common.embedder import Embedder, choose_run
 from common.errors import InputError
 from common.evaluation import center_loss_weight
@@ -155,18 +155,7 @@ def check_output(output: Path) -> None:
 def main(argv: Sequence[str] = ()) -> None:
     """Export what the command line names."""
     parser = ArgumentParser(prog='python -m tools.export', description=__doc__)
-    parser.add_argument(
-        '--model-prefix',
-        metavar='P',
-        help='run to export, the --save-model-prefix of train.py (default: center_loss, or where '
-        'that is missing the network that comes with the program, data/trained/center_loss)',
-    )
-    parser.add_argument(
-        '--epoch',
-        type=number(int, minimum=1, maximum=10**9),
-        metavar='N',
-        help='checkpoint of epoch N, counted from 1, instead of the newest',
-    )
+    add_run_arguments(parser)
     parser.add_argument(
         '--output',
         type=Path,
