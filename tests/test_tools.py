@@ -10,7 +10,7 @@ import pytest
 
 from common.environment import mx
 from helpers import ROOT, run_python
-from tools import benchmark, benchmark_devices, benchmark_torch, many_classes
+from tools import benchmark, benchmark_devices, benchmark_torch, many_classes, torch_recipe
 from tools.measuring import Report, Training, TrainingProcess
 from tools.operator_forms import with_operator
 import train
@@ -129,6 +129,18 @@ def test_benchmark_torch():
         result = run_python('-m', 'tools.benchmark_torch', form, '--epochs=1', cwd=ROOT)
         assert float(result.stdout) > 0, result.stderr
     benchmark.measure_operator(Report(1), None)
+
+
+def test_torch_recipe(tmp_path, capsys):
+    pytest.importorskip('torch')
+    torch_recipe.main(['--dataset=mnist-5k', '--num-epochs=2', f'--tables={tmp_path}'])
+    first, second, *table = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r'epoch 1: [\d.]+ s, test accuracy [\d.]+%', first)
+    (run,) = json.loads((tmp_path / 'pytorch.json').read_text())['rows'][0]['runs']
+    assert len(run['course']) == 2
+    assert 0.5 > run['course'][1] > 0.05  # a low rate: 64 steps are not enough
+    assert second.endswith(f'{run["course"][1]:.2%}')
+    assert table[0].startswith('Made by `python -m tools.torch_recipe --dataset=mnist-5k --seed=0`')
 
 
 @pytest.mark.slow

@@ -40,17 +40,13 @@ OPERATOR_FORMS = {
 OPERATOR_STEPS = 20  # in what is timed as one
 
 
-def training(form: str) -> Callable[[], None]:
-    """Return a function that trains an epoch."""
+def lenet(pooling_first: bool = False) -> 'torch.nn.Module':
+    """Return the LeNet of train.py with its 2-D embedding, (B, 1, 28, 28) -> (B, 2)."""
     nn = torch.nn
-    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
-    torch.manual_seed(0)
-    memory_format = torch.channels_last if form == 'channels-last' else torch.contiguous_format
-    images, labels = training_images()
     layers = [nn.Tanh(), nn.MaxPool2d(2)]
-    if form != 'usual':  # the same function: tanh is monotonic
+    if pooling_first:  # the same function: tanh is monotonic
         layers.reverse()
-    features = nn.Sequential(
+    return nn.Sequential(
         nn.Conv2d(1, 20, 5),
         *layers,
         nn.Conv2d(20, 50, 5),
@@ -59,7 +55,28 @@ def training(form: str) -> Callable[[], None]:
         nn.Linear(800, 500),
         nn.Tanh(),
         nn.Linear(500, 2),
-    ).to(memory_format=memory_format)
+    )
+
+
+def masked_loss(
+    x: 'torch.Tensor', label: 'torch.Tensor', centers: 'torch.Tensor'
+) -> 'torch.Tensor':
+    """Return the mean of ||x - c_y||^2 over the batch, from all distances (B, K), masked."""
+    distances = x.square().sum(1, keepdim=True) + centers.square().sum(1)  # (B, K)
+    distances = distances.addmm(x, centers.t(), alpha=-2)
+    mask = label[:, None] == torch.arange(len(centers))
+    return (distances * mask).clamp(1e-12, 1e12).sum() / len(x)
+
+
+def training(form: str) -> Callable[[], None]:
+    """Return a function that trains an epoch."""
+    nn = torch.nn
+    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+    torch.manual_seed(0)
+    memory_format = torch.channels_last if form == 'channels-last' else torch.contiguous_format
+    digits = load_digits('mnist-5k')
+    images, labels = image_tensor(digits.train_images), label_tensor(digits.train_labels)
+    features = lenet(pooling_first=form != 'usual').to(memory_format=memory_format)
     classifier, centers = nn.Linear(2, 10), torch.zeros(10, 2)
     optimizer = torch.optim.SGD(
         [*features.parameters(), *classifier.parameters()],
@@ -117,28 +134,25 @@ def operator_steps(form: str, batch_size: int, dim: int, num_class: int) -> Call
             step = torch.zeros_like(centers).index_add_(0, label, difference)
             return -gradient * difference / batch_size, None, step / count[:, None]
 
-    def masked():
-        distances = x.square().sum(1, keepdim=True) + centers.square().sum(1)  # (B, K)
-        distances = distances.addmm(x, centers.t(), alpha=-2)
-        mask = label[:, None] == torch.arange(num_class)
-        return (distances * mask).clamp(1e-12, 1e12).sum() / batch_size
-
     def train():
         for _ in range(OPERATOR_STEPS):
             x.grad = None
             optimizer.zero_grad(set_to_none=True)
-            loss = masked() if form == 'mask' else Gathered.apply(x, label, centers)
+            loss = (masked_loss if form == 'mask' else Gathered.apply)(x, label, centers)
             loss.backward()
             optimizer.step()
 
     return train
 
 
-def training_images() -> tuple:
-    """Return the embedded digits, uint8 (N, 1, 28, 28), and their labels, int64 (N,)."""
-    digits = load_digits('mnist-5k')
-    images = to_tensor(digits.train_images, torch.uint8).reshape(-1, 1, 28, 28)
-    return images, to_tensor(digits.train_labels, torch.uint8).long()
+def image_tensor(images: np.ndarray) -> 'torch.Tensor':
+    """Return images, uint8 (N, 1, 28, 28)."""
+    return to_tensor(images, torch.uint8).reshape(-1, 1, 28, 28)
+
+
+def label_tensor(labels: np.ndarray) -> 'torch.Tensor':
+    """Return labels, int64 (N,)."""
+    return to_tensor(labels, torch.uint8).long()
 
 
 def to_tensor(array: np.ndarray, dtype: 'torch.dtype') -> 'torch.Tensor':

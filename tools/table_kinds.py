@@ -20,7 +20,7 @@ FORMS = {
 }
 SEEN = ('accuracy', 'intra', 'inter', 'ratio', 's/epoch')
 UNSEEN = ('AUC', 'TA at 1% FA', 'AUC (cosine)', 'TA (cosine)')
-LEVELS = (0.95, 0.97, 0.98)  # of accuracy, for the speed of convergence
+LEVELS = (0.95, 0.97, 0.98, 0.985)  # of accuracy, for the speed of convergence
 
 
 def whole_runs(row: dict) -> list[dict]:
@@ -60,7 +60,7 @@ def options_of(row: dict) -> str:
     """Return the options that all runs of a row have, but for those that name seen classes."""
     first, *others = (options.split() for options in row['options'])
     shared = [option for option in first if all(option in other for other in others)]
-    return f'`{" ".join(shared)}`'
+    return f'`{" ".join(shared)}`' if shared else ''
 
 
 def results_table(
@@ -151,14 +151,24 @@ def epochs_cell(level: float, run: dict) -> str:
     return 'not reached' if math.isinf(epochs) else str(epochs)
 
 
+def mean_seconds(level: float, runs: Sequence[dict]) -> str:
+    """Return the mean time of training until an accuracy, such as ' (72 s)'; '' if not reached."""
+    seconds = [epochs_to(level, run['course']) * run['s/epoch'] for run in runs]
+    if not seconds or math.inf in seconds:
+        return ''
+    return f' ({statistics.mean(seconds):.0f} s)'
+
+
 def convergence_table(table: dict) -> list[str]:
-    """Tabulate the epochs that each seed needs to some accuracies."""
+    """Tabulate the epochs that each seed needs to some accuracies, and their mean in seconds."""
     rows = []
     for row in table['rows']:
         cells = [row['title'], options_of(row)]
-        cells += [', '.join(epochs_cell(level, run) for run in row['runs']) for level in LEVELS]
+        for level in LEVELS:
+            epochs = ', '.join(epochs_cell(level, run) for run in row['runs'])
+            cells.append(epochs + mean_seconds(level, whole_runs(row)))
         rows.append(cells)
-    lines = markdown(['', 'options', *(f'epochs to {level:.0%}' for level in LEVELS)], rows)
+    lines = markdown(['', 'options', *(f'epochs to {100 * level:.4g}%' for level in LEVELS)], rows)
     for ours, theirs in compared_rows(table):
         pairs = paired(ours, theirs)
         found = [sooner_or_later(level, pairs) for level in LEVELS] if pairs else []
@@ -176,7 +186,9 @@ def sooner_or_later(level: float, pairs: Sequence[tuple[dict, dict]]) -> str:
         'equally soon': sum(first == second < math.inf for first, second in needed),
         'reached by neither': sum(first == second == math.inf for first, second in needed),
     }
-    return f'{level:.0%} ' + ', '.join(f'{word} {count}' for word, count in counts.items() if count)
+    return f'{100 * level:.4g}% ' + ', '.join(
+        f'{word} {count}' for word, count in counts.items() if count
+    )
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
@@ -228,13 +240,17 @@ KINDS: dict[str, Callable[[dict], list[str]]] = {
 def render(table: dict) -> str:
     """Return Markdown of a table, with the command that makes it and the machine."""
     made_by = '; '.join(
-        f'{made["processor"]} ({made["instruction_set"]}, threads: {made["threads"]}), MXNet '
-        f'{made["mxnet"]}, program {made["program"]}'
+        f'{made["processor"]} ({made["instruction_set"]}, threads: {made["threads"]}), '
+        + (f'PyTorch {made["torch"]}' if 'torch' in made else f'MXNet {made["mxnet"]}')
+        + f', program {made["program"]}'
         for made in table['made_by']
     )
+    made_of = ''
+    if 'options' in table:
+        made_of = f' Every run is `{table["options"]}` and the options of its row.'
     lines = [
-        f'Made by `{table["command"]}`. Every run is `{table["options"]}` and the options of its '
-        f'row. ± is the standard deviation over seeds. Measured on {made_by}.',
+        f'Made by `{table["command"]}`.{made_of} ± is the standard deviation over seeds. Measured '
+        f'on {made_by}.',
         '',
     ]
     for line in KINDS[table['kind']](table):
