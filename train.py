@@ -33,6 +33,7 @@ from common import vectorized
 from common.checkpoints import Checkpoints
 from common.command_line import ArgumentParser, number, run_script
 from common.devices import check_equal_shares, choose_devices
+from common.discriminants import discriminant_params
 from common.distributed import serve
 from common.launcher import run_workers
 from common.start import describe_saved
@@ -206,9 +207,12 @@ INITIALIZERS = {
 RECIPES = {
     ('tuned', 'lenet'): {
         'initializer': 'small-head',
+        'initial_embedding': 'discriminants',
+        'num_epochs': 8,
         'lr': 0.1,
-        'lr_factor': 0.1,
-        'lr_factor_epoch': 14,
+        'lr_factor': 1,
+        'lr_factor_epoch': 1,
+        'average_weights': 0.1,
         'warmup_epochs': 1,
         'clip_gradient': 0.05,
         'embedding_lr_mult': 0.05,
@@ -216,9 +220,12 @@ RECIPES = {
     },
     ('tuned', 'lenet++'): {
         'initializer': 'xavier',
+        'initial_embedding': 'random',
+        'num_epochs': 20,
         'lr': 0.01,
         'lr_factor': 0.1,
         'lr_factor_epoch': 10,
+        'average_weights': 0,
         'warmup_epochs': 1,
         'clip_gradient': 0,
         'embedding_lr_mult': 0.1,
@@ -226,9 +233,12 @@ RECIPES = {
     },
     ('original', 'lenet'): {
         'initializer': 'original',
+        'initial_embedding': 'random',
+        'num_epochs': 20,
         'lr': 0.01,
         'lr_factor': 0.5,
         'lr_factor_epoch': 20,
+        'average_weights': 0,
         'warmup_epochs': 0,
         'clip_gradient': 0,
         'embedding_lr_mult': 1,
@@ -324,6 +334,14 @@ def parse_args(argv: Sequence[str] = ()) -> argparse.Namespace:
         help='initial weights: small-head has a last layer close to 0, and larger weights before '
         'the embedding; xavier has all of one scale; original is that of the MXNet version of '
         '2016 (default: by recipe)',
+    )
+    objective.add_argument(
+        '--initial-embedding',
+        choices=['random', 'discriminants'],
+        default=argparse.SUPPRESS,
+        help="initial weights of the embedding: the initializer's, or the linear discriminants "
+        '(Fisher) of the features of 5,000 training images, so that digits that look alike begin '
+        'as neighbours (default: by recipe)',
     )
 
     add_training_arguments(parser)
@@ -422,6 +440,8 @@ def main(argv: Sequence[str] = ()) -> None:
 
     options = arguments_of(fit, args)
     options['initializer'] = INITIALIZERS[args.initializer]
+    if args.initial_embedding == 'discriminants':
+        options['initial_params'] = discriminant_params
     if not args.gpus:
         options['compute_network'] = functools.partial(network, vectorized=True)
     module = fit(

@@ -7,6 +7,7 @@ nothing of the network and of the data but what it is given.
 import argparse
 from collections.abc import Callable, Sequence
 import contextlib
+import dataclasses
 import inspect
 import itertools
 import json
@@ -63,6 +64,7 @@ def fit(
     warmup_epochs: float = 0,
     average_weights: float = 0,
     initializer: mx.init.Initializer | None = None,
+    initial_params: Callable | None = None,
     seed: int = 0,
     kv_store: str = 'local',
     save_model_prefix: str = 'center_loss',
@@ -111,6 +113,9 @@ def fit(
         Validate and save the average over this share of the last steps, see ``Average``.
     initializer
         Initial weights; by default MXNet's Xavier.
+    initial_params
+        Function of ``network``, ``train`` and ``initializer`` that returns initial parameters by
+        name, such as ``common.discriminants.discriminant_params``.
     seed
         Of the initial weights. Any two seeds are independent.
     kv_store
@@ -185,8 +190,14 @@ def fit(
             form if form is None or isinstance(form, mx.sym.Symbol) else form(train)
             for form in (network, compute_network)
         )
+        mx.random.seed(independent_seed(seed))
+        initializer = initializer or mx.init.Xavier()
         if kv.rank == 0:
             start = match_parameters(start, network, train)
+            if initial_params and not start.path:
+                arg_params = initial_params(network, train, initializer)
+                start = dataclasses.replace(start, arg_params=arg_params)
+                rewind(train)
         start = share_start(kv, start)
         begin_at_epoch(train, start.epoch)
 
@@ -207,7 +218,6 @@ def fit(
         if kv.num_workers > 1:
             check_agreement(kv, options)
 
-        mx.random.seed(independent_seed(seed))
         module = Module(
             network if compute_network is None else compute_network,
             initial_state=start.optimizer_state,
@@ -270,7 +280,7 @@ def fit(
                     ),
                     **momentum_option,
                 },
-                initializer=initializer or mx.init.Xavier(),
+                initializer=initializer,
                 arg_params=start.arg_params,
                 aux_params=start.aux_params,
                 allow_missing=True,
@@ -293,6 +303,14 @@ def count_batches(train: mx.io.DataIter) -> int:
     count = sum(1 for _ in train)
     train.reset()
     return count
+
+
+def rewind(train: mx.io.DataIter) -> None:
+    """Begin the first epoch again, after images of it have been used."""
+    if hasattr(train, 'start_epoch'):
+        train.start_epoch(0)
+    else:
+        train.reset()
 
 
 def independent_seed(seed: int) -> int:

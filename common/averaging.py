@@ -7,6 +7,10 @@ from common.environment import mx
 from common.array_file import tagged, untagged
 from common.module import Module
 
+# Weights of neighbouring steps are alike. After this many steps one in so many is taken in, which
+# costs less than 1% of the training's time; every step costs 7% with batches of 128, 16% with 32.
+SPARSE_AFTER, EVERY = 100, 10
+
 
 class Average:
     """The average of weights and centers over the last steps; validated and saved in their place.
@@ -15,7 +19,8 @@ class Average:
     any of them (Polyak and Juditsky, SIAM J. Control and Optimization 1992), and training itself is
     unchanged. Step t = 1, 2, ... moves the average by 1 / (1 + share * (t - 1)) of the way to the
     present weights, so that it covers about the last ``share`` of all steps so far, however many
-    there are (polynomial-decay averaging, Shamir and Zhang, ICML 2013).
+    there are (polynomial-decay averaging, Shamir and Zhang, ICML 2013). After 100 steps every tenth
+    moves it ten times as far, at most all the way.
 
     Parameters
     ----------
@@ -34,7 +39,11 @@ class Average:
 
     def __call__(self, param: mx.model.BatchEndParam) -> None:
         """Take in the step that has just ended (a batch-end callback)."""
-        rate = 1 / (1 + self.share * (self.module.num_updates() - 1))
+        step = self.module.num_updates()
+        if step > SPARSE_AFTER and step % EVERY:
+            return
+        stands_for = EVERY if step > SPARSE_AFTER else 1
+        rate = min(1, stands_for / (1 + self.share * (step - 1)))
         for name, present in self.module.present_arrays().items():
             if name.startswith('aux:'):
                 # MXNet does not order a reader of centers before the forward that moves them next;

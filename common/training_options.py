@@ -37,9 +37,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         '--num-epochs',
         type=number(int, minimum=1),
-        default=20,
+        default=argparse.SUPPRESS,
         metavar='N',
-        help='the last epoch, counted with those before --resume or --load-epoch',
+        help='the last epoch, counted with those before --resume or --load-epoch (default: by '
+        'recipe)',
     )
     training.add_argument(
         '--lr',
@@ -102,10 +103,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         '--average-weights',
         type=number(float, minimum=0, maximum=1),
-        default=0,
+        default=argparse.SUPPRESS,
         metavar='F',
         help='validate and save the average of the weights over about the last F of all steps, '
-        'such as 0.1, instead of those of the last step; training itself is unchanged',
+        'such as 0.1, instead of those of the last step (0); training itself is unchanged '
+        '(default: by recipe)',
     )
     training.add_argument(
         '--kv-store',

@@ -12,27 +12,33 @@ from helpers import digits, make_module, numpy_params, saved_params, small_netwo
 import train
 from train_model import independent_seed
 
+OPTIONS = ('initializer', 'initial_embedding', 'num_epochs', 'lr', 'lr_factor', 'lr_factor_epoch')
+OPTIONS += ('average_weights', 'warmup_epochs', 'clip_gradient', 'embedding_lr_mult')
+OPTIONS += ('center_loss_weight',)
+TUNED = ('small-head', 'discriminants', 8, 0.1, 1, 1, 0.1, 1, 0.05, 0.05, 0.01)
+ORIGINAL = ('original', 'random', 20, 0.01, 0.5, 20, 0, 0, 0, 1)
 RECIPES = {
-    '': ('small-head', 0.1, 0.1, 14, 1, 0.05, 0.05, 0.01),
-    '--recipe=tuned': ('small-head', 0.1, 0.1, 14, 1, 0.05, 0.05, 0.01),
-    '--network=lenet++': ('xavier', 0.01, 0.1, 10, 1, 0, 0.1, 0.01),
-    '--recipe=original': ('original', 0.01, 0.5, 20, 0, 0, 1, 0.01),
-    '--recipe=original --batch-size=128': ('original', 0.01, 0.5, 20, 0, 0, 1, 0.0078125),
-    '--network=lenet++ --lr=0.05 --clip-gradient=1': ('xavier', 0.05, 0.1, 10, 1, 1, 0.1, 0.01),
-    '--recipe=original --initializer=xavier --lr=0.1 --lr-factor=1 --lr-factor-epoch=3 '
-    '--warmup-epochs=2 --clip-gradient=5 --embedding-lr-mult=0.5 --center-loss-weight=0': (
-        *('xavier', 0.1, 1, 3, 2, 5, 0.5, 0),
+    '': TUNED,
+    '--recipe=tuned': TUNED,
+    '--network=lenet++': ('xavier', 'random', 20, 0.01, 0.1, 10, 0, 1, 0, 0.1, 0.01),
+    '--recipe=original': (*ORIGINAL, 0.01),
+    '--recipe=original --batch-size=128': (*ORIGINAL, 0.0078125),
+    '--network=lenet++ --lr=0.05 --clip-gradient=1': (
+        *('xavier', 'random', 20, 0.05, 0.1, 10, 0, 1, 1, 0.1, 0.01),
+    ),
+    '--recipe=original --initializer=xavier --initial-embedding=discriminants --num-epochs=9 '
+    '--lr=0.1 --lr-factor=1 --lr-factor-epoch=3 --average-weights=0.2 --warmup-epochs=2 '
+    '--clip-gradient=5 --embedding-lr-mult=0.5 --center-loss-weight=0': (
+        *('xavier', 'discriminants', 9, 0.1, 1, 3, 0.2, 2, 5, 0.5, 0),
     ),
 }
-OPTIONS = ('initializer', 'lr', 'lr_factor', 'lr_factor_epoch', 'warmup_epochs', 'clip_gradient')
-OPTIONS += ('embedding_lr_mult', 'center_loss_weight')
 
 
 @pytest.mark.parametrize('line', RECIPES)
 def test_recipe(line):
     args = train.parse_args(line.split())
     assert tuple(getattr(args, name) for name in OPTIONS) == RECIPES[line]
-    assert (args.momentum, args.wd, args.alpha, args.num_epochs) == (0.9, 5e-4, 0.5, 20)
+    assert (args.momentum, args.wd, args.alpha) == (0.9, 5e-4, 0.5)
 
 
 def test_original_is_lenet():

@@ -19,6 +19,7 @@ import pytest
 from common.environment import mx
 from common.averaging import Average
 from common.checkpoints import Checkpoints
+from common.discriminants import discriminant_params
 from common.errors import InputError
 from common.module import Module
 from common.monitoring import Diverged
@@ -84,10 +85,11 @@ def test_same_seed_same_run(uninterrupted):
         {},
         {'average_weights': 0.3},
         {'optimizer': 'adam', 'lr': 0.01},
+        {'initial_params': discriminant_params},
         pytest.param({'optimizer': 'nag', 'average_weights': 1}, marks=pytest.mark.slow),
         pytest.param({'momentum': 0}, marks=pytest.mark.slow),
     ],
-    ids=lambda options: '-'.join(map(str, options.values())) or 'sgd',
+    ids=lambda options: '-'.join(options) or 'sgd',
 )
 @pytest.mark.parametrize('devices', [1, 2])
 def test_resume_is_exact(devices, options):
@@ -98,6 +100,25 @@ def test_resume_is_exact(devices, options):
         train_small(num_epochs=epoch, resume=True, **options)
     assert_same_checkpoints('run', 'whole', (1, 2, 3))
     assert epoch_lines() == epoch_lines('whole.txt')
+
+
+def test_initial_params_are_of_new_runs(uninterrupted):
+    """Given by name; the other ones are the initializer's. Loaded weights stay."""
+
+    def ones(network, train, initializer):
+        assert network.list_outputs() and len(next(train).label) == 2
+        return {'embedding_bias': mx.nd.ones(2)}
+
+    options = {'lr': 1e-9, 'num_epochs': 1}
+    train_small(save_model_prefix='random', **options)
+    train_small(initial_params=ones, **options)
+    random, ours = saved_params('random', 1), saved_params('run', 1)
+    np.testing.assert_allclose(ours['embedding_bias'], 1, atol=1e-6)
+    np.testing.assert_allclose(ours['fc1_weight'], random['fc1_weight'], atol=1e-6)
+    options = {'model_prefix': 'random', 'load_epoch': 1, 'save_model_prefix': 'loaded'}
+    train_small(initial_params=ones, lr=1e-9, num_epochs=2, **options)
+    loaded = saved_params('loaded', 2)
+    np.testing.assert_allclose(loaded['embedding_bias'], random['embedding_bias'], atol=1e-6)
 
 
 def test_resume_from_nothing(uninterrupted):
@@ -491,6 +512,28 @@ def test_average_is_of_its_step(monkeypatch):
     monkeypatch.setattr(train_model, 'Average', Late)
     train_small(**options)
     assert_same_checkpoints('run', 'expected', [1])
+
+
+def test_average_of_many_steps():
+    """From step 100 on one in ten is taken in, for all ten; with share 1 it is the plain mean."""
+
+    class Steps:
+        def num_updates(self):
+            return self.step
+
+        def present_arrays(self):
+            return {'arg:w': mx.nd.array([self.step])}
+
+    module = Steps()
+    average = Average(1, module, {})
+    for module.step in range(1, 208):
+        average(None)
+    mean = np.mean([*range(1, 101), *np.repeat(range(110, 201, 10), 10)])
+    assert average.arrays['arg:w'].asscalar() == pytest.approx(mean)
+    average = Average(0.001, module, {})  # a window of less than a step
+    for module.step in range(1, 121):
+        average(None)
+    assert average.arrays['arg:w'].asscalar() == 120
 
 
 @pytest.mark.slow

@@ -1,0 +1,90 @@
+"""The initial embedding: Fisher's linear discriminants of the features of real digits."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from common.environment import mx
+from common.discriminants import discriminant_params, fisher_discriminants
+from data import mnist_iterator
+from train import INITIALIZERS, get_symbol
+
+INITIALIZER = INITIALIZERS['small-head']
+
+
+def test_directions_of_gaussians():
+    """Three classes on a line, with more noise than distance in another direction."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(3000) % 3
+    features = rng.normal(size=(3000, 4)) * [1, 1, 20, 1]
+    features[:, 1] += 6 * labels
+    assert features[:, 2].std() > features[:, 1].std()
+    directions = fisher_discriminants(features, labels)
+    assert directions.shape == (2, 4)
+    leading = directions[0] / np.linalg.norm(directions[0])
+    assert abs(leading[1]) > 0.99
+    other_names = fisher_discriminants(features, 7 - labels)
+    np.testing.assert_allclose(abs(other_names), abs(directions), rtol=1e-6)
+
+
+def test_few_images():
+    """Fewer images than features, and one image of a class."""
+    rng = np.random.default_rng(1)
+    directions = fisher_discriminants(rng.normal(size=(5, 50)), np.array([0, 0, 1, 1, 4]))
+    assert directions.shape == (2, 50)
+    assert np.isfinite(directions).all()
+
+
+def begin(**options):
+    """Return a network, its initial parameters with discriminants, and random ones."""
+    train, val = mnist_iterator(100, dataset='mnist-5k')
+    network = get_symbol(**options)
+    mx.random.seed(3)
+    params = discriminant_params(network, train, INITIALIZER)
+    mx.random.seed(3)
+    module = mx.mod.Module(network, label_names=['softmax_label', 'center_label'])
+    module.bind(train.provide_data, train.provide_label)
+    module.init_params(INITIALIZER)
+    return network, params, module.get_params()[0], val
+
+
+def embeddings(network, params, val):
+    """Embed the validation images: (N, d), and their labels."""
+    embed = mx.mod.Module(network.get_internals()['embedding_output'], label_names=None)
+    embed.bind(val.provide_data, for_training=False)
+    embed.set_params(params, {}, allow_extra=True)
+    val.reset()
+    labels = np.concatenate([batch.label[0].asnumpy() for batch in val])
+    val.reset()
+    return embed.predict(val).asnumpy(), labels.astype(int)
+
+
+def separation(x, labels):
+    """Return the mean distance of two class means over that of an image to its class's."""
+    means = np.stack([x[labels == label].mean(axis=0) for label in range(10)])
+    intra = np.linalg.norm(x - means[labels], axis=1).mean()
+    distances = [np.linalg.norm(p - q) for p, q in itertools.combinations(means, 2)]
+    return np.mean(distances) / intra
+
+
+def test_digits_are_separated():
+    """Images that the discriminants have not seen, and better than by random weights."""
+    network, params, random, val = begin()
+    x, labels = embeddings(network, params, val)
+    assert abs(x.mean(axis=0)).max() < 0.05  # around the origin
+    assert separation(x, labels) > 1.5 * separation(*embeddings(network, random, val))
+
+
+@pytest.mark.parametrize('options', [{}, {'no_bias': True}, {'embedding_dim': 12}])
+def test_everything_else_is_the_initializers(options):
+    _, params, random, _ = begin(**options)
+    assert params.keys() == random.keys()
+    for name in params.keys() - {'embedding_weight', 'embedding_bias'}:
+        np.testing.assert_array_equal(params[name].asnumpy(), random[name].asnumpy(), name)
+    weight, before = (p['embedding_weight'].asnumpy() for p in (params, random))
+    np.testing.assert_allclose(
+        np.linalg.norm(weight, axis=1), np.linalg.norm(before, axis=1), rtol=1e-5
+    )
+    assert not np.isclose(weight[:9], before[:9]).all(axis=1).any()
+    np.testing.assert_array_equal(weight[9:], before[9:])  # ten classes have nine discriminants
