@@ -1,6 +1,6 @@
 """Train LeNet or LeNet++ on MNIST with softmax and center loss together.
 
-    python train.py                                      20 epochs on the CPU
+    python train.py                                      eight epochs on the CPU
     python train.py --batch-size=128 --center-loss-weight=0.1
     python train.py --center-loss-weight=0 --save-model-prefix=softmax    softmax only
     python train.py --recipe=original                    as the MXNet version of 2016 trains

@@ -5,7 +5,11 @@ from typing import NamedTuple
 
 JOINT = '--center-loss-weight=1'  # where one lambda stands for center loss
 OBJECTIVES = {'softmax': '--center-loss-weight=0', 'joint': JOINT}
+OBJECTIVE_RUNS = ['softmax', 'lambda-1']  # of the recipe
 ORIGINAL = '--recipe=original --batch-size=128'
+RANDOM = '--initial-embedding=random'
+FALLING = '--average-weights=0 --lr-factor=0.1 --lr-factor-epoch=6'
+EARLIER = f'--num-epochs=20 {RANDOM} --average-weights=0 --lr-factor=0.1 --lr-factor-epoch=14'
 # An epoch of LeNet++ is thirteen times the work: fewer epochs, of smaller batches. With so many
 # batches to warm up in, a higher rate is stable.
 LENET_PLUS_PLUS = (
@@ -33,8 +37,11 @@ RUNS = {
     'lambda-1': JOINT,
     'dim-10': f'{JOINT} --embedding-dim=10',
     **{f'alpha-{alpha}': f'{JOINT} --alpha={alpha}' for alpha in ('0.01', '0.1', '1')},
-    # The rate stays high; the average over about the last tenth of all steps is measured.
-    **{f'averaged-{k}': f'--average-weights=0.1 --lr-factor=1 {v}' for k, v in OBJECTIVES.items()},
+    # The recipe with one thing changed, and that of c9a6961.
+    **{f'random-{name}': f'{RANDOM} {objective}' for name, objective in OBJECTIVES.items()},
+    **{f'falling-{name}': f'{FALLING} {objective}' for name, objective in OBJECTIVES.items()},
+    **{f'longer-{name}': f'--num-epochs=20 {objective}' for name, objective in OBJECTIVES.items()},
+    **{f'earlier-{name}': f'{EARLIER} {objective}' for name, objective in OBJECTIVES.items()},
     **{f'ring-{name}': f'--no-bias {objective}' for name, objective in OBJECTIVES.items()},
     **{f'lenet++-{name}': f'{LENET_PLUS_PLUS} {value}' for name, value in OBJECTIVES.items()},
     **{
@@ -44,7 +51,9 @@ RUNS = {
     },
 }
 # By default; three of all others. Any two seeds are independent.
-NUM_SEEDS = dict.fromkeys(['softmax', 'lambda-1', 'original-softmax', 'original'], 5)
+FIVE_SEEDS = [*OBJECTIVE_RUNS, 'original-softmax', 'original']
+FIVE_SEEDS += [f'{kind}-{name}' for kind in ('random', 'longer') for name in OBJECTIVES]
+NUM_SEEDS = dict.fromkeys(FIVE_SEEDS, 5)
 ANIMATED = 'lambda-1'  # with seed 0
 REFERENCE = 'dim-10'  # its confusions are compared with the arrangement of the classes in the plane
 
@@ -91,9 +100,21 @@ ALPHA_ROWS = {
     'alpha 0.5': ['lambda-1'],  # the default
     'alpha 1': ['alpha-1'],
 }
-AVERAGED = {
-    f'{SOFTMAX}, averaged': ['averaged-softmax'],
-    f'{CENTER}, averaged': ['averaged-joint'],
+RANDOM_ROWS = {
+    f'{SOFTMAX}, random start': ['random-softmax'],
+    f'{CENTER}, random start': ['random-joint'],
+}
+RECIPES = {
+    'the recipe': OBJECTIVE_RUNS,
+    'random initial embedding': ['random-softmax', 'random-joint'],
+    'falling rate, no average': ['falling-softmax', 'falling-joint'],
+    '20 epochs': ['longer-softmax', 'longer-joint'],
+    'the recipe of c9a6961': ['earlier-softmax', 'earlier-joint'],
+}
+RECIPE_ROWS = {
+    f'{title}, {objective}': [run]
+    for title, runs in RECIPES.items()
+    for objective, run in zip((SOFTMAX, CENTER), runs, strict=True)
 }
 ORIGINAL_ROWS = {'softmax only': ['original-softmax'], 'softmax + center loss': ['original']}
 
@@ -114,11 +135,11 @@ PARTS = {
     'objectives': Part(OBJECTIVE_ROWS, compare=BOTH),
     'lambda': Part(LAMBDA_ROWS, compare=[(row, SOFTMAX) for row in LAMBDA_ROWS if row != SOFTMAX]),
     'alpha': Part(ALPHA_ROWS),
-    'averaged': Part(
-        {**OBJECTIVE_ROWS, **AVERAGED},
+    'recipe': Part(
+        RECIPE_ROWS,
         compare=[
-            (f'{CENTER}, averaged', f'{SOFTMAX}, averaged'),
-            *((f'{row}, averaged', row) for row in (SOFTMAX, CENTER)),
+            *((f'{title}, {CENTER}', f'{title}, {SOFTMAX}') for title in RECIPES),
+            *((f'the recipe, {CENTER}', f'{title}, {CENTER}') for title in [*RECIPES][1:]),
         ],
     ),
     'dimension': Part(
@@ -136,7 +157,7 @@ PARTS = {
         'convergence',
         [*BOTH, tuple(f'original recipe, {row}' for row in reversed(ORIGINAL_ROWS))],
     ),
-    'arrangement': Part({**LAMBDA_ROWS, **AVERAGED}, 'arrangement'),
+    'arrangement': Part({**OBJECTIVE_ROWS, **RANDOM_ROWS}, 'arrangement'),
     'open-set': open_set_part([*SPLITS]),
     'open-set-6': open_set_part([6]),  # one split, for --dataset=fashion-mnist
 }
@@ -148,7 +169,7 @@ PICTURES = [
     ('objectives', 'evolution.gif', ['--model-prefix', ANIMATED]),
     ('lambda', 'lambda.png', ['--grid', *PARTS['lambda'].runs()]),
     ('alpha', 'alpha.png', ['--grid', *PARTS['alpha'].runs()]),
-    ('averaged', 'averaged.png', ['--curves', 'lambda-1.txt', 'averaged-joint.txt']),
+    ('recipe', 'recipe.png', ['--curves', 'earlier-joint.txt', 'longer-joint.txt']),
     *(
         (part, f'{name}.png', ['--compare', f'{name}-{left}', '--model-prefix', f'{name}-{right}'])
         for part, name, left, right in (

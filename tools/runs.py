@@ -147,7 +147,7 @@ class Run:
 def common_options(args: argparse.Namespace) -> list[str]:
     """Return the options of train.py that are the same in all runs, except for the data."""
     return [
-        f'--num-epochs={args.num_epochs}',
+        *([f'--num-epochs={args.num_epochs}'] if args.num_epochs else []),
         f'--num-examples={args.num_examples}',
         *shlex.split(args.options),
     ]
