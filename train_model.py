@@ -114,7 +114,7 @@ def fit(
     initializer
         Initial weights; by default MXNet's Xavier.
     initial_params
-        Function of ``network``, ``train`` and ``initializer`` that returns initial parameters by
+        Function of the network, ``train`` and ``initializer`` that returns initial parameters by
         name, such as ``common.discriminants.discriminant_params``.
     seed
         Of the initial weights. Any two seeds are independent.
@@ -190,12 +190,13 @@ def fit(
             form if form is None or isinstance(form, mx.sym.Symbol) else form(train)
             for form in (network, compute_network)
         )
+        computed = network if compute_network is None else compute_network
         mx.random.seed(independent_seed(seed))
         initializer = initializer or mx.init.Xavier()
         if kv.rank == 0:
             start = match_parameters(start, network, train)
             if initial_params and not start.path:
-                arg_params = initial_params(network, train, initializer)
+                arg_params = initial_params(computed, train, initializer)
                 start = dataclasses.replace(start, arg_params=arg_params)
                 rewind(train)
         start = share_start(kv, start)
@@ -219,7 +220,7 @@ def fit(
             check_agreement(kv, options)
 
         module = Module(
-            network if compute_network is None else compute_network,
+            computed,
             initial_state=start.optimizer_state,
             data_names=[desc.name for desc in train.provide_data],
             label_names=[desc.name for desc in train.provide_label],
