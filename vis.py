@@ -3,6 +3,7 @@
     python vis.py                                the newest checkpoint of center_loss
     python vis.py --compare=softmax              softmax only left, with center loss right
     python vis.py --grid softmax large           a panel for every run, each with its lambda
+    python vis.py --split=both                   training and test images side by side
     python vis.py --animate=center_loss.gif      how the clusters form, a frame for every epoch
     python vis.py --curves log.txt               accuracy and losses over the epochs
     python vis.py --images digit.png scans/      where images of your own lie among the others
@@ -321,9 +322,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         '--split',
         type=lambda name: 'test' if name == 'val' else name,
-        choices=['train', 'test'],
+        choices=['train', 'test', 'both'],
         default='test',
-        help='embed all of the training or of the test images (val is another name of test)',
+        help='embed all of the training or of the test images (val is another name of test), or '
+        'draw a panel for each',
     )
     parser.add_argument(
         '--images',
@@ -371,6 +373,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(
                 f'--{option.replace("_", "-")} has no effect with --{args.mode}: leave it out'
             )
+    if args.split == 'both' and args.animate:
+        parser.error('--split=both draws two panels, and an animation has one: take train or test')
     args.output = args.output or Path(DEFAULT_OUTPUT.get(args.mode, 'center_loss.png'))
     return args
 
@@ -436,11 +440,11 @@ def main(argv: Sequence[str] = ()) -> None:
             if args.images:
                 embedder = Embedder(*runs[-1])
                 own = load_images(args.images, embedder.dataset, embedder.image_shape)
+            splits = ['train', 'test'] if args.split == 'both' else [args.split]
+            wanted = list(itertools.product(zip(runs, names, strict=True), splits))
             panels = [
-                make_panel(checkpoints[prefix], epoch, name, digits, args.split, own)
-                for (prefix, epoch), name in progress(
-                    list(zip(runs, names, strict=True)), 'embedding', 'checkpoint'
-                )
+                make_panel(checkpoints[prefix], epoch, name, digits, split, own)
+                for ((prefix, epoch), name), split in progress(wanted, 'embedding', 'checkpoint')
             ]
             report = [panel.report for panel in panels]
             if args.animate:

@@ -194,6 +194,16 @@ def test_epoch_and_split(runs, sample, draw):
     np.testing.assert_allclose(points(ax)['3'], embeddings[sample.train_labels == 3], atol=1e-4)
 
 
+def test_both_splits_of_two_runs(runs, sample, draw):
+    axes = draw('--compare', 'softmax', '--split', 'both').axes
+    splits = {'training': sample[:2], 'test': sample[2:4]}
+    drawn = itertools.product([('softmax', 1), ('center_loss', 2)], splits)
+    for ax, (run, split) in zip(axes, drawn, strict=True):
+        accuracy = accuracy_by_hand(*run, *splits[split])
+        assert ax.get_title().endswith(f'(epoch {run[1]}): {accuracy:.2%}')
+        assert caption(ax)[0].startswith(f'DATA: {split} accuracy N% (N images)')
+
+
 def test_val_means_test():
     assert vis.parse_args(['--split=val']) == vis.parse_args(['--split=test']) == vis.parse_args([])
 
@@ -727,6 +737,7 @@ WRONG_OPTIONS = [
     ('--curves log.txt --epoch=1', '--epoch has no effect with --curves: leave it out'),
     ('--curves log.txt --data-dir=.', '--data-dir has no effect with --curves: leave it out'),
     ('--animate=film.gif --output=film.png', '--output has no effect with --animate'),
+    ('--animate=film.gif --split=both', '--split=both draws two panels, and an animation has one'),
     ('--grid softmax --model-prefix=wide', '--model-prefix has no effect with --grid'),
     ('--grid softmax --epoch=7', r'there is no softmax-0007\.params'),
     ('softmax', 'unrecognized arguments: softmax'),
