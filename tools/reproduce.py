@@ -146,7 +146,7 @@ def main(argv: Sequence[str] = ()) -> None:
     add('--seeds', type=count, help=seeds_help)
     add('--jobs', type=count, default=available_cpus(), help='train N runs side by side')
     add('--num-epochs', type=count, help='of the runs that do not name it (default: by recipe)')
-    add('--num-examples', type=count, default=60000, help='train on the first N images')
+    add('--num-examples', type=count, help='train on the first N images (default: all)')
     add('--options', default='--batch-size=128', help='of train.py, for all runs, in one argument')
     args = parser.parse_args(list(argv))
 

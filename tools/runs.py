@@ -146,11 +146,9 @@ class Run:
 
 def common_options(args: argparse.Namespace) -> list[str]:
     """Return the options of train.py that are the same in all runs, except for the data."""
-    return [
-        *([f'--num-epochs={args.num_epochs}'] if args.num_epochs else []),
-        f'--num-examples={args.num_examples}',
-        *shlex.split(args.options),
-    ]
+    limits = {'--num-epochs': args.num_epochs, '--num-examples': args.num_examples}
+    given = [f'{option}={limit}' for option, limit in limits.items() if limit]
+    return [*given, *shlex.split(args.options)]
 
 
 def data_options(args: argparse.Namespace) -> list[str]:
