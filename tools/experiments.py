@@ -6,6 +6,7 @@ from typing import NamedTuple
 JOINT = '--center-loss-weight=1'  # where one lambda stands for center loss
 OBJECTIVES = {'softmax': '--center-loss-weight=0', 'joint': JOINT}
 OBJECTIVE_RUNS = ['softmax', 'lambda-1']  # of the recipe
+LAMBDAS = ('0', '0.001', '0.01', '0.1', '1')  # of the paper's Figures 2 and 3
 ORIGINAL = '--recipe=original --batch-size=128'
 RANDOM = '--initial-embedding=random'
 FALLING = '--average-weights=0 --lr-factor=0.1 --lr-factor-epoch=6'
@@ -33,7 +34,7 @@ RUNS = {
     'original-softmax': f'{ORIGINAL} --center-loss-weight=0',
     'original': ORIGINAL,
     'softmax': OBJECTIVES['softmax'],
-    **{f'lambda-{value}': f'--center-loss-weight={value}' for value in ('0.001', '0.01', '0.1')},
+    **{f'lambda-{value}': f'--center-loss-weight={value}' for value in LAMBDAS[1:-1]},
     'lambda-1': JOINT,
     'dim-10': f'{JOINT} --embedding-dim=10',
     **{f'alpha-{alpha}': f'{JOINT} --alpha={alpha}' for alpha in ('0.01', '0.1', '1')},
@@ -45,6 +46,10 @@ RUNS = {
     **{f'ring-{name}': f'--no-bias {objective}' for name, objective in OBJECTIVES.items()},
     **{f'lenet++-{name}': f'{LENET_PLUS_PLUS} {value}' for name, value in OBJECTIVES.items()},
     **{
+        f'paper-{value}': f'{LENET_PLUS_PLUS} --no-bias --center-loss-weight={value}'
+        for value in LAMBDAS
+    },
+    **{
         f'open-set-{first}-{dim}-{weight}': open_set(classes, dim, weight)
         for first, classes in SPLITS.items()
         for dim, weight in OPEN_SET
@@ -53,7 +58,7 @@ RUNS = {
 # By default; three of all others. Any two seeds are independent.
 FIVE_SEEDS = [*OBJECTIVE_RUNS, 'original-softmax', 'original']
 FIVE_SEEDS += [f'{kind}-{name}' for kind in ('random', 'longer') for name in OBJECTIVES]
-NUM_SEEDS = dict.fromkeys(FIVE_SEEDS, 5)
+NUM_SEEDS = {**dict.fromkeys(FIVE_SEEDS, 5), **{f'paper-{value}': 1 for value in LAMBDAS}}
 ANIMATED = 'lambda-1'  # with seed 0
 REFERENCE = 'dim-10'  # its confusions are compared with the arrangement of the classes in the plane
 
@@ -92,7 +97,7 @@ BOTH = [(CENTER, SOFTMAX)]
 OBJECTIVE_ROWS = {SOFTMAX: ['softmax'], CENTER: ['lambda-1']}
 LAMBDA_ROWS = {
     SOFTMAX: ['softmax'],
-    **{f'lambda {value}': [f'lambda-{value}'] for value in ('0.001', '0.01', '0.1', '1')},
+    **{f'lambda {value}': [f'lambda-{value}'] for value in LAMBDAS[1:]},
 }
 ALPHA_ROWS = {
     'alpha 0.01': ['alpha-0.01'],
@@ -149,6 +154,9 @@ PARTS = {
         part: Part({SOFTMAX: [f'{part}-softmax'], CENTER: [f'{part}-joint']}, compare=BOTH)
         for part in ('ring', 'lenet++')
     },
+    'paper': Part(
+        {SOFTMAX: ['paper-0'], **{f'lambda {value}': [f'paper-{value}'] for value in LAMBDAS[1:]}}
+    ),
     'convergence': Part(
         {
             **OBJECTIVE_ROWS,
@@ -170,6 +178,8 @@ PICTURES = [
     ('lambda', 'lambda.png', ['--grid', *PARTS['lambda'].runs()]),
     ('alpha', 'alpha.png', ['--grid', *PARTS['alpha'].runs()]),
     ('recipe', 'recipe.png', ['--curves', 'earlier-joint.txt', 'longer-joint.txt']),
+    ('paper', 'figure-2.png', ['--model-prefix', 'paper-0', '--split', 'both']),
+    ('paper', 'figure-3.png', ['--grid', *(f'paper-{value}' for value in LAMBDAS[1:])]),
     *(
         (part, f'{name}.png', ['--compare', f'{name}-{left}', '--model-prefix', f'{name}-{right}'])
         for part, name, left, right in (

@@ -141,9 +141,7 @@ def main(argv: Sequence[str] = ()) -> None:
     add('--tables', type=Path, metavar='DIR', help='write a JSON file for each part to this folder')
     parts = list(PARTS)
     add('--only', nargs='+', choices=parts, default=parts, metavar='PART', help='make these parts')
-    five = ', '.join(NUM_SEEDS)
-    seeds_help = f'train every run with the seeds 0 to N-1 (default: 5 for {five}; 3 for others)'
-    add('--seeds', type=count, help=seeds_help)
+    add('--seeds', type=count, help='train every run with the seeds 0 to N-1 (default: 1, 3 or 5)')
     add('--jobs', type=count, default=available_cpus(), help='train N runs side by side')
     add('--num-epochs', type=count, help='of the runs that do not name it (default: by recipe)')
     add('--num-examples', type=count, help='train on the first N images (default: all)')
