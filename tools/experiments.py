@@ -178,7 +178,7 @@ PICTURES = [
     ('lambda', 'lambda.png', ['--grid', *PARTS['lambda'].runs()]),
     ('alpha', 'alpha.png', ['--grid', *PARTS['alpha'].runs()]),
     ('recipe', 'recipe.png', ['--curves', 'earlier-joint.txt', 'longer-joint.txt']),
-    ('paper', 'figure-2.png', ['--model-prefix', 'paper-0', '--split', 'both']),
+    ('paper', 'figure-2.png', ['--model-prefix', 'paper-0', '--split=both']),
     ('paper', 'figure-3.png', ['--grid', *(f'paper-{value}' for value in LAMBDAS[1:])]),
     *(
         (part, f'{name}.png', ['--compare', f'{name}-{left}', '--model-prefix', f'{name}-{right}'])
