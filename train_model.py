@@ -181,9 +181,8 @@ def fit(
             saved_epochs += [epoch for epoch in earlier if first_epoch < epoch <= start.epoch]
 
         # The data, and how much there is of it.
-        if callable(data):
-            data = data(batch_size, num_parts=kv.num_workers, part_index=kv.rank)
-        train, val = data
+        load = data if callable(data) else lambda *args, **parts: data
+        train, val = load(batch_size, num_parts=kv.num_workers, part_index=kv.rank)
         num_batches, data_facts = count_batches(train), getattr(train, 'data_facts', {})
         check_divisible(val, len(devices))
         network, compute_network = (
@@ -196,9 +195,13 @@ def fit(
         if kv.rank == 0:
             start = match_parameters(start, network, train)
             if initial_params and not start.path:
-                arg_params = initial_params(computed, train, initializer)
+                # of the images of all workers, so that their number makes no difference
+                whole = train
+                if kv.num_workers > 1:
+                    whole, _ = load(batch_size * kv.num_workers, num_parts=1, part_index=0)
+                arg_params = initial_params(computed, whole, initializer)
                 start = dataclasses.replace(start, arg_params=arg_params)
-                rewind(train)
+                rewind(whole)
         start = share_start(kv, start)
         begin_at_epoch(train, start.epoch)
 
