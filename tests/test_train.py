@@ -279,7 +279,7 @@ def test_library_call(main, monkeypatch):
 def test_defaults_without_arguments():
     """main() is the command line without options, whatever sys.argv has."""
     args = vars(train.parse_args())
-    assert args['batch_size'] == 100 and args['num_epochs'] == 20 and args['dataset'] == 'auto'
+    assert args['batch_size'] == 100 and args['num_epochs'] == 8 and args['dataset'] == 'auto'
 
 
 def test_abbreviations():
