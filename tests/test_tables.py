@@ -98,7 +98,7 @@ def test_results():
     ours['runs'] += ({'seed': 3, 'failure': 'training diverged'},)
     assert lines_of('results', ours)[-1] == (
         '| lambda 1 | `--center-loss-weight=0` | 98.50% ± 0.50 | 1.000 ± 0.000 | '
-        '2.000 ± 0.000 | 0.5000 ± 0.0000 | 3.0 ± 0.0 | 98.00, 99.00, 98.50, 1 diverged |'
+        '2.000 ± 0.000 | 0.5000 ± 0.0000 | 98.00, 99.00, 98.50, 1 diverged |'
     )
 
 

@@ -13,12 +13,11 @@ from tools.experiments import ORIGINAL_COURSES
 
 FORMS = {
     **{'accuracy': '{:.2%}', 'intra': '{:.3f}', 'inter': '{:.3f}', 'ratio': '{:.4f}'},
-    's/epoch': '{:.1f}',
     # verification of unseen classes, by Euclidean distance and by cosine
     **{'AUC': '{:.4f}', 'TA at 1% FA': '{:.1%}'},
     **{'AUC (cosine)': '{:.4f}', 'TA (cosine)': '{:.1%}'},
 }
-SEEN = ('accuracy', 'intra', 'inter', 'ratio', 's/epoch')
+SEEN = ('accuracy', 'intra', 'inter', 'ratio')
 UNSEEN = ('AUC', 'TA at 1% FA', 'AUC (cosine)', 'TA (cosine)')
 LEVELS = (0.95, 0.97, 0.98, 0.985)  # of accuracy, for the speed of convergence
 
@@ -242,7 +241,6 @@ def render(table: dict) -> str:
     made_by = '; '.join(
         f'{made["processor"]} ({made["instruction_set"]}, threads: {made["threads"]}), '
         + (f'PyTorch {made["torch"]}' if 'torch' in made else f'MXNet {made["mxnet"]}')
-        + f', program {made["program"]}'
         for made in table['made_by']
     )
     made_of = ''
