@@ -34,8 +34,10 @@ def fisher_discriminants(features: np.ndarray, labels: np.ndarray) -> np.ndarray
     means = np.stack([features[index == i].mean(axis=0) for i in range(len(classes))])
     deviations = features - means[index]
     within = deviations.T @ deviations / len(features)  # (F, F)
-    # Shrunk towards a multiple of the identity, so that it can be inverted from few images.
-    within += SHRINKAGE * np.trace(within) / len(within) * np.eye(len(within))
+    # Shrunk towards a multiple of the identity, so that it can be inverted from few images; without
+    # any variance within a class, that is from one image of each, it is the identity.
+    variance = np.trace(within) / len(within) or 1
+    within += SHRINKAGE * variance * np.eye(len(within))
     between = means - means.mean(axis=0)  # (K, F)
     solved = np.linalg.solve(within, between.T)  # (F, K)
     vectors = np.linalg.eigh(between @ solved)[1][:, ::-1]  # (K, K), the leading one first
@@ -90,10 +92,10 @@ def discriminant_params(
     params = module.get_params()[0]
     weight = params[f'{layer}_weight'].asnumpy()  # (d, F)
     directions = fisher_discriminants(features.astype(float), labels)[: len(weight)]
-    lengths = np.linalg.norm(weight[: len(directions)], axis=1, keepdims=True)
-    weight[: len(directions)] = (
-        lengths * directions / np.linalg.norm(directions, axis=1, keepdims=True)
-    )
+    norms = np.linalg.norm(directions, axis=1, keepdims=True)
+    if norms.all():  # else all images are the same
+        lengths = np.linalg.norm(weight[: len(directions)], axis=1, keepdims=True)
+        weight[: len(directions)] = lengths * directions / norms
     params[f'{layer}_weight'][:] = weight
     if f'{layer}_bias' in params:  # the embeddings lie around the origin
         params[f'{layer}_bias'][:] = -weight @ features.mean(axis=0)

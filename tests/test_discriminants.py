@@ -36,6 +36,22 @@ def test_few_images():
     assert np.isfinite(directions).all()
 
 
+def test_one_image_of_each_class():
+    """Their differences are the directions."""
+    images = np.array([[1.0, 0, 0], [-1, 0, 0]])
+    (direction,) = fisher_discriminants(images, np.array([0, 1]))
+    assert abs(direction[0]) > 0 and not direction[1:].any()
+
+
+def test_images_that_are_all_the_same():
+    """The weights stay the initializer's."""
+    train, _ = mnist_iterator(100, dataset='mnist-5k')
+    train.images = np.zeros_like(train.images)
+    mx.random.seed(3)
+    found = discriminant_params(get_symbol(), train, INITIALIZER)['embedding_weight'].asnumpy()
+    assert np.isfinite(found).all() and found.any()
+
+
 def begin(**options):
     """Return a network, its initial parameters with discriminants, and random ones."""
     train, val = mnist_iterator(100, dataset='mnist-5k')
