@@ -340,8 +340,9 @@ def lr_schedule(
 
     It is counted from the first update of the run, not of this process.
     """
+    constant = factor == 1  # MXNet would log a change after every so many updates
     return mx.lr_scheduler.FactorScheduler(
-        max(1, round(factor_updates)),
+        2**62 if constant else max(1, round(factor_updates)),
         factor,
         stop_factor_lr=0,
         base_lr=lr,

@@ -404,6 +404,14 @@ def test_learning_rate_rises(epochs):
     assert [rate(update) for update in (rises, 60, 61)] == pytest.approx([0.8, 0.8, 0.4])
 
 
+def test_constant_learning_rate(caplog):
+    """Without a line of the log that says it has changed."""
+    caplog.set_level(logging.INFO)
+    rate = lr_schedule(0.8, 1, NUM_BATCHES, 0)
+    assert [rate(update) for update in (1, NUM_BATCHES, 100 * NUM_BATCHES)] == [0.8] * 3
+    assert not caplog.records
+
+
 def test_fit_follows_the_schedule():
     rates = []
     train_small(
