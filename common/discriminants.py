@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from common.environment import mx
+from common.errors import InputError
 
 NUM_IMAGES = 5000
 SHRINKAGE = 0.1
@@ -71,9 +72,20 @@ def discriminant_params(
     -------
     dict
         The parameters by name.
+
+    Raises
+    ------
+    InputError
+        If the network has no dense layer of this name.
+
+    Examples
+    --------
+    >>> module = fit(network, data, initial_params=discriminant_params)
     """
-    output = network.get_internals()[f'{layer}_output']
-    features = output.get_children()[0]
+    layers = network.get_internals()
+    if not {f'{layer}_output', f'{layer}_weight'} <= {*layers.list_outputs()}:
+        raise InputError(f'the network has no layer {layer} to begin as linear discriminants')
+    features = mx.sym.flatten(layers[f'{layer}_output'].get_children()[0])
     module = mx.mod.Module(
         mx.sym.Group([network, features]),
         data_names=[desc.name for desc in train.provide_data],

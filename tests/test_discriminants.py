@@ -7,6 +7,7 @@ import pytest
 
 from common.environment import mx
 from common.discriminants import discriminant_params, fisher_discriminants
+from common.errors import InputError
 from data import mnist_iterator
 from train import INITIALIZERS, get_symbol
 
@@ -50,6 +51,22 @@ def test_images_that_are_all_the_same():
     mx.random.seed(3)
     found = discriminant_params(get_symbol(), train, INITIALIZER)['embedding_weight'].asnumpy()
     assert np.isfinite(found).all() and found.any()
+
+
+def test_layer_of_another_name():
+    train, _ = mnist_iterator(100, dataset='mnist-5k')
+    with pytest.raises(InputError, match='the network has no layer features to begin as linear'):
+        discriminant_params(get_symbol(), train, INITIALIZER, layer='features')
+
+
+def test_layer_behind_a_convolution():
+    """Which flattens what it gets."""
+    train, _ = mnist_iterator(100, dataset='mnist-5k', num_examples=300)
+    net = mx.sym.Convolution(mx.sym.var('data'), kernel=(5, 5), stride=(4, 4), num_filter=3)
+    net = mx.sym.FullyConnected(net, num_hidden=2, name='embedding')
+    labels = [mx.sym.BlockGrad(mx.sym.var(desc.name)) for desc in train.provide_label]
+    found = discriminant_params(mx.sym.Group([net, *labels]), train, INITIALIZER)
+    assert found['embedding_weight'].shape == (2, 3 * 6 * 6)
 
 
 def begin(**options):
