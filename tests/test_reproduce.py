@@ -28,7 +28,7 @@ REPRODUCE = ['-m', 'tools.reproduce']
 SMALL = ['--dataset=mnist-5k', '--num-epochs=1', '--num-examples=500', '--seeds=1', '--only=ring']
 PICTURE = (
     r'^\$ python vis\.py --compare ring-softmax --model-prefix ring-joint '
-    r'--output \S+/images/ring\.png --dataset=mnist-5k$'
+    r'--output \S+/images/ring-mnist-5k\.png --dataset=mnist-5k$'
 )
 
 
@@ -99,7 +99,7 @@ def test_table_is_written(finished):
 @pytest.mark.slow
 def test_pictures_are_drawn(finished):
     folder, printed = finished
-    assert [path.name for path in (folder / 'images').iterdir()] == ['ring.png']
+    assert [path.name for path in (folder / 'images').iterdir()] == ['ring-mnist-5k.png']
     assert re.search(PICTURE, printed, re.MULTILINE)
 
 
@@ -257,6 +257,25 @@ def test_runs_are_in_parts():
     for part in experiments.PARTS.values():
         assert {row for pair in part.compare for row in pair} <= part.rows.keys()
         assert part.kind in KINDS
+
+
+@pytest.mark.parametrize('dataset', ['mnist', 'fashion-mnist', 'mnist-5k'])
+def test_parts_by_dataset(dataset, in_own_folder, monkeypatch):
+    """Each has the runs of its tables, and no other."""
+    started = set()
+
+    def train_none(unfinished, jobs):
+        started.update(run.name for run in unfinished)
+        raise InputError('enough')
+
+    monkeypatch.setattr(reproduce, 'train_all', train_none)
+    with pytest.raises(InputError, match='enough'):
+        reproduce.main([f'--dataset={dataset}'])
+    fashion = {'lenet++', 'lenet++-128', 'open-set-6'}
+    parts = {'fashion-mnist': fashion, 'mnist-5k': {'lambda', 'alpha'}}.get(
+        dataset, {*experiments.PARTS} - {'lenet++-128'}
+    )
+    assert started == {name for part in parts for name in experiments.PARTS[part].runs()}
 
 
 def test_splits_leave_four_classes_out():

@@ -46,6 +46,10 @@ RUNS = {
     **{f'ring-{name}': f'--no-bias {objective}' for name, objective in OBJECTIVES.items()},
     **{f'lenet++-{name}': f'{LENET_PLUS_PLUS} {value}' for name, value in OBJECTIVES.items()},
     **{
+        f'lenet++-128-{name}': f'{LENET_PLUS_PLUS} --embedding-dim=128 {value}'
+        for name, value in OBJECTIVES.items()
+    },
+    **{
         f'paper-{value}': f'{LENET_PLUS_PLUS} --no-bias --center-loss-weight={value}'
         for value in LAMBDAS
     },
@@ -152,7 +156,7 @@ PARTS = {
     ),
     **{
         part: Part({SOFTMAX: [f'{part}-softmax'], CENTER: [f'{part}-joint']}, compare=BOTH)
-        for part in ('ring', 'lenet++')
+        for part in ('ring', 'lenet++', 'lenet++-128')
     },
     'paper': Part(
         {SOFTMAX: ['paper-0'], **{f'lambda {value}': [f'paper-{value}'] for value in LAMBDAS[1:]}}
@@ -167,8 +171,14 @@ PARTS = {
     ),
     'arrangement': Part({**OBJECTIVE_ROWS, **RANDOM_ROWS}, 'arrangement'),
     'open-set': open_set_part([*SPLITS]),
-    'open-set-6': open_set_part([6]),  # one split, for --dataset=fashion-mnist
+    'open-set-6': open_set_part([6]),  # one split
 }
+# What is made of a dataset by default; of MNIST all the rest.
+DATASET_PARTS = {
+    'fashion-mnist': ['lenet++', 'lenet++-128', 'open-set-6'],
+    'mnist-5k': ['lambda', 'alpha'],
+}
+OTHER_PARTS = [part for part in PARTS if part not in ('lenet++-128', 'open-set-6')]
 
 # (part, file, options of vis.py), of seed 0
 PICTURES = [
@@ -176,7 +186,6 @@ PICTURES = [
     ('objectives', 'curves.png', ['--curves', 'softmax.txt', 'lambda-1.txt']),
     ('objectives', 'evolution.gif', ['--model-prefix', ANIMATED]),
     ('lambda', 'lambda.png', ['--grid', *PARTS['lambda'].runs()]),
-    ('alpha', 'alpha.png', ['--grid', *PARTS['alpha'].runs()]),
     ('recipe', 'recipe.png', ['--curves', 'earlier-joint.txt', 'longer-joint.txt']),
     ('paper', 'figure-2.png', ['--model-prefix', 'paper-0', '--split=both']),
     ('paper', 'figure-3.png', ['--grid', *(f'paper-{value}' for value in LAMBDAS[1:])]),

@@ -1,6 +1,7 @@
 """The results of the documentation: every training run, the tables and the pictures.
 
-    python -m tools.reproduce --images=images --tables=docs/results    everything, in reproduction/
+    python -m tools.reproduce --images=images --tables=docs/results    of MNIST, in reproduction/
+    python -m tools.reproduce --dataset=fashion-mnist --work=fashion   of Fashion-MNIST
     python -m tools.reproduce --only original                   beside the MXNet version of 2016
     python -m tools.reproduce --only lambda ring --seeds=1      some parts, one seed
     python -m tools.reproduce --dataset=mnist-5k --num-epochs=5 --only lambda    a trial
@@ -29,7 +30,15 @@ from common.files import replace_when_whole
 from common.pictures import picture_style, save_picture
 from data import DATASETS, load_digits
 from tools.arrangement import draw_arrangements, share_between_neighbours
-from tools.experiments import NUM_SEEDS, PARTS, PICTURES, REFERENCE, RUNS
+from tools.experiments import (
+    DATASET_PARTS,
+    NUM_SEEDS,
+    OTHER_PARTS,
+    PARTS,
+    PICTURES,
+    REFERENCE,
+    RUNS,
+)
 from tools.measuring import ROOT
 from tools.runs import Run, common_options, data_options, train_all
 from tools.table_kinds import render
@@ -96,6 +105,12 @@ def share(run: Run, reference: dict) -> float:
     return share_between_neighbours(run.result()['centers'], reference['confusions'])
 
 
+def path_of(folder: Path, file: str, dataset: str) -> Path:
+    """Return where a file goes: its name has the dataset where that is not MNIST."""
+    path = folder / file
+    return path if dataset == 'mnist' else path.with_stem(f'{path.stem}-{dataset}')
+
+
 def draw(args: argparse.Namespace, runs: Runs) -> None:
     """Draw the pictures of the chosen parts, and print the command of each that vis.py draws."""
     args.images.mkdir(parents=True, exist_ok=True)
@@ -103,7 +118,8 @@ def draw(args: argparse.Namespace, runs: Runs) -> None:
         if part in args.only:
             option = '--animate' if file.endswith('.gif') else '--output'
             source = data_options(args) if '--curves' not in options else []
-            options = [*options, option, str((args.images / file).resolve()), *source]
+            path = path_of(args.images, file, args.dataset)
+            options = [*options, option, str(path.resolve()), *source]
             print('$', shlex.join(['python', 'vis.py', *options]), flush=True)
             drawn = subprocess.run(
                 [sys.executable, ROOT / 'vis.py', *options],
@@ -111,7 +127,7 @@ def draw(args: argparse.Namespace, runs: Runs) -> None:
                 env={**os.environ, 'MPLBACKEND': 'Agg'},
             )
             if drawn.returncode:
-                print(f'{file} was not drawn', file=sys.stderr)
+                print(f'{path.name} was not drawn', file=sys.stderr)
     if 'arrangement' in args.only:
         whole = [run for run in runs[ARRANGED] if 'failure' not in run.result()]
         whole.sort(key=lambda run: run.result()['accuracy'])
@@ -123,7 +139,7 @@ def draw(args: argparse.Namespace, runs: Runs) -> None:
                 [share(run, confused) for run in whole],
                 load_digits(args.dataset, args.data_dir),
             )
-            save_picture(figure, args.images / 'arrangement.png')
+            save_picture(figure, path_of(args.images, 'arrangement.png', args.dataset))
 
 
 def main(argv: Sequence[str] = ()) -> None:
@@ -139,14 +155,20 @@ def main(argv: Sequence[str] = ()) -> None:
     add('--work', type=Path, default='reproduction', metavar='DIR', help='folder of the runs')
     add('--images', type=Path, metavar='DIR', help='draw the pictures in this folder')
     add('--tables', type=Path, metavar='DIR', help='write a JSON file for each part to this folder')
-    parts = list(PARTS)
-    add('--only', nargs='+', choices=parts, default=parts, metavar='PART', help='make these parts')
+    add(
+        '--only',
+        nargs='+',
+        choices=list(PARTS),
+        metavar='PART',
+        help='make these parts (default: those of the documentation, by dataset)',
+    )
     add('--seeds', type=count, help='train every run with the seeds 0 to N-1 (default: 1, 3 or 5)')
     add('--jobs', type=count, default=available_cpus(), help='train N runs side by side')
     add('--num-epochs', type=count, help='of the runs that do not name it (default: by recipe)')
     add('--num-examples', type=count, help='train on the first N images (default: all)')
     add('--options', default='--batch-size=128', help='of train.py, for all runs, in one argument')
     args = parser.parse_args(list(argv))
+    args.only = args.only or DATASET_PARTS.get(args.dataset, OTHER_PARTS)
 
     needed = {name for part in args.only for name in PARTS[part].runs()}
     runs = {
@@ -169,8 +191,7 @@ def main(argv: Sequence[str] = ()) -> None:
         print(f'\n{part}\n\n{render(table)}', end='')
         if args.tables:
             args.tables.mkdir(parents=True, exist_ok=True)
-            name = part if args.dataset == 'mnist' else f'{part}-{args.dataset}'
-            with replace_when_whole(args.tables / f'{name}.json') as path:
+            with replace_when_whole(path_of(args.tables, f'{part}.json', args.dataset)) as path:
                 path.write_text(json.dumps(table, indent=1) + '\n')
     if args.images:
         draw(args, runs)
