@@ -37,9 +37,7 @@ class Module(mx.mod.Module):
     ):
         super().__init__(symbol, **kwargs)
         self.initial_state = initial_state
-        self.validation_scores: dict[
-            str, float
-        ] = {}  # by name, of the last epoch that was validated
+        self.validation_scores: dict[str, float] = {}  # of the last epoch that was validated
         self._center_losses = find_center_losses(symbol)
         self._before_step: list[tuple[np.ndarray, np.ndarray]] = []  # (labels, their centers)
 
@@ -158,9 +156,8 @@ class Module(mx.mod.Module):
             classes, count, step = merge_class_sums(parts)
         start = read_rows(copies[0], classes)
         own, first = np.unique(label, return_index=True)
-        start[np.isin(classes, own)] = before[
-            first
-        ]  # centers of other workers' classes stood still
+        # The centers of other workers' classes stood still.
+        start[np.isin(classes, own)] = before[first]
         joined = start + step / (1 + count[:, None])
         for copy in copies:
             write_rows(copy, classes, joined)
