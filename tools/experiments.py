@@ -9,8 +9,6 @@ OBJECTIVE_RUNS = ['softmax', 'lambda-1']  # of the recipe
 LAMBDAS = ('0', '0.001', '0.01', '0.1', '1')  # of the paper's Figures 2 and 3
 ORIGINAL = '--recipe=original --batch-size=128'
 RANDOM = '--initial-embedding=random'
-FALLING = '--average-weights=0 --lr-factor=0.1 --lr-factor-epoch=6'
-EARLIER = f'--num-epochs=20 {RANDOM} --average-weights=0 --lr-factor=0.1 --lr-factor-epoch=14'
 # An epoch of LeNet++ is thirteen times the work: fewer epochs, of smaller batches. With so many
 # batches to warm up in, a higher rate is stable.
 LENET_PLUS_PLUS = (
@@ -38,11 +36,9 @@ RUNS = {
     'lambda-1': JOINT,
     'dim-10': f'{JOINT} --embedding-dim=10',
     **{f'alpha-{alpha}': f'{JOINT} --alpha={alpha}' for alpha in ('0.01', '0.1', '1')},
-    # The recipe with one thing changed, and that of c9a6961.
+    # The recipe with one thing changed.
     **{f'random-{name}': f'{RANDOM} {objective}' for name, objective in OBJECTIVES.items()},
-    **{f'falling-{name}': f'{FALLING} {objective}' for name, objective in OBJECTIVES.items()},
     **{f'longer-{name}': f'--num-epochs=20 {objective}' for name, objective in OBJECTIVES.items()},
-    **{f'earlier-{name}': f'{EARLIER} {objective}' for name, objective in OBJECTIVES.items()},
     **{f'ring-{name}': f'--no-bias {objective}' for name, objective in OBJECTIVES.items()},
     **{f'lenet++-{name}': f'{LENET_PLUS_PLUS} {value}' for name, value in OBJECTIVES.items()},
     **{
@@ -116,9 +112,7 @@ RANDOM_ROWS = {
 RECIPES = {
     'the recipe': OBJECTIVE_RUNS,
     'random initial embedding': ['random-softmax', 'random-joint'],
-    'falling rate, no average': ['falling-softmax', 'falling-joint'],
     '20 epochs': ['longer-softmax', 'longer-joint'],
-    'the recipe of c9a6961': ['earlier-softmax', 'earlier-joint'],
 }
 RECIPE_ROWS = {
     f'{title}, {objective}': [run]
@@ -186,7 +180,6 @@ PICTURES = [
     ('objectives', 'curves.png', ['--curves', 'softmax.txt', 'lambda-1.txt']),
     ('objectives', 'evolution.gif', ['--model-prefix', ANIMATED]),
     ('lambda', 'lambda.png', ['--grid', *PARTS['lambda'].runs()]),
-    ('recipe', 'recipe.png', ['--curves', 'earlier-joint.txt', 'longer-joint.txt']),
     ('paper', 'figure-2.png', ['--model-prefix', 'paper-0', '--split=both']),
     ('paper', 'figure-3.png', ['--grid', *(f'paper-{value}' for value in LAMBDAS[1:])]),
     *(
