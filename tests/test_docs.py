@@ -155,6 +155,25 @@ def test_readme_examples():
     assert abs(embed.weight.grad().asnumpy()).max() > 0
 
 
+def test_output_of_default_epochs():
+    """The pages show the last checkpoint that the default recipe writes."""
+    last = f'center_loss-{train.parse_args([]).num_epochs:04d}.params: '
+    for page in ('README.md', 'docs/export.md'):
+        assert {*re.findall(r'center_loss-\d{4}\.params: ', (ROOT / page).read_text())} == {last}
+
+
+@pytest.mark.slow
+def test_first_epoch_on_a_cpu(in_own_folder):
+    """As the page shows it, which a GPU is compared with."""
+    form = r'Epoch\[0\] ((?:Train|Validation)\S+)=(\S+)$'
+    shown = dict(re.findall(form, (ROOT / 'docs' / 'gpu.md').read_text(), re.M))
+    train.main(['--num-epochs=1', '--dataset=mnist-5k'])
+    logged = dict(re.findall(form, Path('log.txt').read_text(), re.M))
+    assert len(shown) == 6 and shown.keys() == logged.keys()
+    for name, value in shown.items():
+        assert float(logged[name]) == pytest.approx(float(value), rel=0.05), name
+
+
 def python_blocks(page):
     """The code of a page's blocks of Python."""
     return re.findall(r'^```python\n(.*?)^```', (ROOT / 'docs' / page).read_text(), re.M | re.S)
