@@ -246,12 +246,10 @@ def render(table: dict) -> str:
     made_of = ''
     if 'options' in table:
         made_of = f' Every run is `{table["options"]}` and the options of its row.'
-    lines = [
-        f'Made by `{table["command"]}`.{made_of} ± is the standard deviation over seeds. Measured '
-        f'on {made_by}.',
-        '',
-    ]
-    for line in KINDS[table['kind']](table):
+    found = KINDS[table['kind']](table)
+    spread = ' ± is the standard deviation over seeds.' if '±' in ''.join(found) else ''
+    lines = [f'Made by `{table["command"]}`.{made_of}{spread} Measured on {made_by}.', '']
+    for line in found:
         if line.startswith('- ') and lines[-1].startswith('|'):
             lines.append('')  # a list begins
         lines.append(line)
