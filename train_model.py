@@ -38,6 +38,7 @@ from common.start import (
 from common.versions import versions
 
 LOG_EVERY = 50  # batches between two lines of the log
+CHECKED_BATCHES = 10  # of validation images, to see a collapse that an average hides
 
 # Options that a continued run may change without changing a single weight.
 NOT_COMPARED = {
@@ -241,7 +242,8 @@ def fit(
                 state = module.optimizer_state()
                 if average.share:  # a collapse shows at once in the last step, later in the average
                     last_step = itertools.chain(*(params.items() for params in params_of_last_step))
-                    check_not_diverged(where, *validate(module, val)[:2], last_step)
+                    scores, difference, _ = validate(module, val, CHECKED_BATCHES)
+                    check_not_diverged(where, scores, difference, last_step)
                 with average.in_use() as last:
                     scores, difference, distance = validate(module, val)
                     for name, value in scores.items():
@@ -356,9 +358,14 @@ def metrics() -> mx.metric.CompositeEvalMetric:
     return mx.metric.CompositeEvalMetric([Accuracy(), cross_entropy, CenterLossMetric()])
 
 
-def validate(module: Module, val: mx.io.DataIter) -> tuple[dict[str, float], float, float]:
-    """Return the metrics over the validation images, ``WidestDifference`` and ``OwnDistance``."""
+def validate(
+    module: Module, val: mx.io.DataIter, num_batches: int | None = None
+) -> tuple[dict[str, float], float, float]:
+    """Return the metrics over the validation images, ``WidestDifference`` and ``OwnDistance``.
+
+    Of the first ``num_batches`` batches, by default of all.
+    """
     reported, difference, distance = metrics(), WidestDifference(), OwnDistance()
     watched = mx.metric.CompositeEvalMetric([*reported.metrics, difference, distance])
-    module.score(val, watched)
+    module.score(val, watched, num_batches)
     return dict(reported.get_name_value()), difference.get()[1], distance.get()[1]
