@@ -157,20 +157,22 @@ def test_convergence():
     softmax = courses('softmax', (0.9, 0.96, 0.975), (0.95, 0.96, 0.96))
     center = courses('center', (0.96, 0.97, 0.97), (0.9, 0.94, 0.95))
     lines = lines_of('convergence', softmax, center, compare=[('center', 'softmax')])
-    none, options = 'not reached, not reached', '`--center-loss-weight=0`'
+    none, options = 'not reached', '`--center-loss-weight=0`'
     assert lines[2:4] == [
         f'| softmax | {options} | 2, 1 (15 s) | 3, not reached | {none} | {none} |',
         f'| center | {options} | 1, 3 (20 s) | 2, not reached | {none} | {none} |',
     ]
     assert lines[4:] == [
         '- center against softmax, 2 seeds: 95% sooner 1, later 1; 97% sooner 1, reached by '
-        'neither 1; 98% reached by neither 2; 98.5% reached by neither 2',
+        'neither 1; 98% reached by neither 2; 98.5% reached by neither 2; more accurate after 2 of '
+        '6 epochs',
     ]
     softmax['runs'] += ({'seed': 2, 'failure': 'training diverged'},)
     center['runs'] += ({'seed': 2, 'course': (0.95,), 's/epoch': 10},)
     lines = lines_of('convergence', softmax, center, compare=[('center', 'softmax')])
     assert lines[2].startswith(f'| softmax | {options} | 2, 1, diverged (15 s) | ')
     assert lines[4].startswith('- center against softmax, 2 seeds: ')
+    assert lines[4].endswith('after 2 of 6 epochs')
 
 
 def test_arrangement():

@@ -20,6 +20,7 @@ FORMS = {
 SEEN = ('accuracy', 'intra', 'inter', 'ratio')
 UNSEEN = ('AUC', 'TA at 1% FA', 'AUC (cosine)', 'TA (cosine)')
 LEVELS = (0.95, 0.97, 0.98, 0.985)  # of accuracy, for the speed of convergence
+NOT_REACHED = 'not reached'
 
 
 def whole_runs(row: dict) -> list[dict]:
@@ -147,7 +148,7 @@ def epochs_cell(level: float, run: dict) -> str:
     if 'failure' in run:
         return 'diverged'
     epochs = epochs_to(level, run['course'])
-    return 'not reached' if math.isinf(epochs) else str(epochs)
+    return NOT_REACHED if math.isinf(epochs) else str(epochs)
 
 
 def mean_seconds(level: float, runs: Sequence[dict]) -> str:
@@ -164,13 +165,17 @@ def convergence_table(table: dict) -> list[str]:
     for row in table['rows']:
         cells = [row['title'], options_of(row)]
         for level in LEVELS:
-            epochs = ', '.join(epochs_cell(level, run) for run in row['runs'])
-            cells.append(epochs + mean_seconds(level, whole_runs(row)))
+            epochs = [epochs_cell(level, run) for run in row['runs']]
+            listed = ', '.join(epochs if {*epochs} != {NOT_REACHED} else {*epochs})
+            cells.append(listed + mean_seconds(level, whole_runs(row)))
         rows.append(cells)
     lines = markdown(['', 'options', *(f'epochs to {100 * level:.4g}%' for level in LEVELS)], rows)
     for ours, theirs in compared_rows(table):
         pairs = paired(ours, theirs)
         found = [sooner_or_later(level, pairs) for level in LEVELS] if pairs else []
+        courses = [(run['course'], other['course']) for run, other in pairs]
+        higher = [a > b for course in courses for a, b in zip(*course, strict=False)]
+        found.append(f'more accurate after {sum(higher)} of {len(higher)} epochs')
         heading = f'{ours["title"]} against {theirs["title"]}, {len(pairs)} seeds'
         lines.append(f'- {heading}: {"; ".join(found)}')
     return lines
@@ -238,11 +243,12 @@ KINDS: dict[str, Callable[[dict], list[str]]] = {
 
 def render(table: dict) -> str:
     """Return Markdown of a table, with the command that makes it and the machine."""
-    made_by = '; '.join(
+    machines = [
         f'{made["processor"]} ({made["instruction_set"]}, threads: {made["threads"]}), '
         + (f'PyTorch {made["torch"]}' if 'torch' in made else f'MXNet {made["mxnet"]}')
         for made in table['made_by']
-    )
+    ]
+    made_by = '; '.join(dict.fromkeys(machines))
     made_of = ''
     if 'options' in table:
         made_of = f' Every run is `{table["options"]}` and the options of its row.'
