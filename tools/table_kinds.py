@@ -118,7 +118,10 @@ def comparison(ours: dict, theirs: dict, column: str) -> str:
 
 
 def original_table(table: dict) -> list[str]:
-    """Tabulate the accuracy by epoch, beside the original's one run of each objective."""
+    """Tabulate the accuracy by epoch, beside the original's one run of each objective.
+
+    The epochs are those of the original's, and our last one.
+    """
     head, columns = ['epoch'], []
     for row in table['rows']:
         courses = [run['course'] for run in whole_runs(row)]
@@ -127,7 +130,9 @@ def original_table(table: dict) -> list[str]:
             mean = f'{row["title"]}: mean of {len(courses)} seeds{diverged(row)}'
             head += [mean, 'range', 'the original, one run']
     rows = []
-    for epoch in sorted({epoch for _, original in columns for epoch in original}):
+    shown = {epoch for _, original in columns for epoch in original}
+    shown |= {max(map(len, courses)) for courses, _ in columns}
+    for epoch in sorted(shown):
         cells = [str(epoch)]
         for courses, original in columns:
             ours = [course[epoch - 1] for course in courses if len(course) >= epoch]
