@@ -35,6 +35,7 @@ RUNS = {
     **{f'lambda-{value}': f'--center-loss-weight={value}' for value in LAMBDAS[1:-1]},
     'lambda-1': JOINT,
     'dim-10': f'{JOINT} --embedding-dim=10',
+    'longer-dim-10': f'--num-epochs=20 {JOINT} --embedding-dim=10',
     **{f'alpha-{alpha}': f'{JOINT} --alpha={alpha}' for alpha in ('0.01', '0.1', '1')},
     # The recipe with one thing changed.
     **{f'random-{name}': f'{RANDOM} {objective}' for name, objective in OBJECTIVES.items()},
@@ -146,7 +147,15 @@ PARTS = {
         ],
     ),
     'dimension': Part(
-        {CENTER: ['lambda-1'], f'{CENTER}, 10-D': ['dim-10']}, compare=[(f'{CENTER}, 10-D', CENTER)]
+        {
+            CENTER: ['lambda-1'],
+            f'{CENTER}, 10-D': ['dim-10'],
+            f'{CENTER}, 10-D, 20 epochs': ['longer-dim-10'],
+        },
+        compare=[
+            (f'{CENTER}, 10-D', CENTER),
+            (f'{CENTER}, 10-D, 20 epochs', f'{CENTER}, 10-D'),
+        ],
     ),
     **{
         part: Part({SOFTMAX: [f'{part}-softmax'], CENTER: [f'{part}-joint']}, compare=BOTH)
