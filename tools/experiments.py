@@ -176,12 +176,12 @@ PARTS = {
     'open-set': open_set_part([*SPLITS]),
     'open-set-6': open_set_part([6]),  # one split
 }
-# What is made of a dataset by default; of MNIST all the rest.
+# What is made of a dataset by default.
 DATASET_PARTS = {
     'fashion-mnist': ['lenet++', 'lenet++-128', 'open-set-6'],
     'mnist-5k': ['lambda', 'alpha'],
 }
-OTHER_PARTS = [part for part in PARTS if part not in ('lenet++-128', 'open-set-6')]
+MNIST_PARTS = [part for part in PARTS if part not in ('lenet++-128', 'open-set-6')]
 
 # (part, file, options of vis.py), of seed 0
 PICTURES = [

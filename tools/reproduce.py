@@ -32,8 +32,8 @@ from data import DATASETS, load_digits
 from tools.arrangement import draw_arrangements, share_between_neighbours
 from tools.experiments import (
     DATASET_PARTS,
+    MNIST_PARTS,
     NUM_SEEDS,
-    OTHER_PARTS,
     PARTS,
     PICTURES,
     REFERENCE,
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] = ()) -> None:
     add('--num-examples', type=count, help='train on the first N images (default: all)')
     add('--options', default='--batch-size=128', help='of train.py, for all runs, in one argument')
     args = parser.parse_args(list(argv))
-    args.only = args.only or DATASET_PARTS.get(args.dataset, OTHER_PARTS)
+    args.only = args.only or DATASET_PARTS.get(args.dataset, MNIST_PARTS)
 
     needed = {name for part in args.only for name in PARTS[part].runs()}
     runs = {
