@@ -297,7 +297,7 @@ def parse_args(argv: Sequence[str] = ()) -> argparse.Namespace:
         choices=['lenet', 'lenet++'],
         default='lenet',
         help="lenet++ is the paper's network for its figures: six convolutions with PReLU, some "
-        'twenty times the work',
+        'fifteen times the time',
     )
     objective.add_argument(
         '--embedding-dim',

@@ -1020,7 +1020,7 @@ def test_stopped_run_says_how_to_continue(number, status):
 
 @pytest.mark.slow
 def test_stopped_in_the_first_epoch():
-    with start_training('--batch-size=1') as process:
+    with start_training('--batch-size=1', '--initial-embedding=random') as process:
         wait_for(
             lambda: Path('log.txt').exists() and 'Batch [0-50]' in Path('log.txt').read_text(),
             process,
