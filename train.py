@@ -200,8 +200,8 @@ INITIALIZERS = {
 }
 
 # (recipe, network) -> defaults of the options a recipe decides. LeNet's tuned recipe was chosen on
-# 10,000 training images that were held out (--validate-on=held-out); without clipping it
-# collapses at lambda 1 where batches are few. LeNet++'s rate is the one that is stable there.
+# 10,000 training images that were held out (--validate-on=held-out); clipping keeps it stable up to
+# twice that rate (docs/options.md). LeNet++'s rate is the one that is stable where batches are few.
 # The original is https://github.com/YYuanAnyVision/mxnet_center_loss (2016), whose operator divides
 # by the batch twice, so that lambda is 1 / batch.
 RECIPES = {
