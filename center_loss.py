@@ -30,7 +30,7 @@ Recognition, ECCV 2016)::
   computes asynchronously: as with any auxiliary state, read the operator's output before you read
   the centers. :class:`CenterLossMetric` does; a metric of the softmax alone does not.
 * In a plain Module and in Gluon each of several contexts moves its own copy of the centers by its
-  own share of the batch: 15 to 26% off Eq. 4 with two. ``common/module.py`` here joins the copies.
+  own share of the batch, not by Eq. 4 of all of it. ``common/module.py`` here joins the copies.
 * MXNet's default metric, 'acc', takes both outputs: with one label it fails, with two it averages
   over both without a word. Pass those of this file, or ``mx.metric.Accuracy`` with ``output_names=
   ['softmax_output']`` and ``label_names=``, a list of the one name of the classes' label.
@@ -65,7 +65,7 @@ class CenterLoss(mx.operator.CustomOp):
 
     NumPy works on the arrays' own memory. The ``mx.nd`` operations of :class:`CenterLossGPU` take 6
     times as long at (B, d, K) = (128, 2, 10), 20 times at (256, 512, 1e6), and a step of LeNet at
-    batch 32 takes 1.07 times as long with them.
+    batch 32 takes 1.07 times as long with them (``tools/benchmark.py``, parts operator and tricks).
     """
 
     def __init__(self, num_class: int, alpha: float, factor: float, out_grad: bool):
@@ -218,7 +218,7 @@ class CenterLossProp(mx.operator.CustomOpProp):
         Learning rate of the centers (Eq. 4), from 0 to 1.
     scale : float, default 1.0
         Factor of the gradient: lambda in L_softmax + lambda L_C (Eq. 5).
-    normalization : {'batch', 'null'}
+    normalization : {'batch', 'null'}, default 'batch'
         As in SoftmaxOutput: the gradient is scale (x - c_y) / B or scale (x - c_y).
     out_grad : bool, default False
         As in SoftmaxOutput: whether the head gradient multiplies the gradient.

@@ -1,8 +1,9 @@
 """The digits: where they are found, how their files are checked and read, and the iterators.
 
-MNIST and Fashion-MNIST come as four IDX files each. They are looked for in ``--data-dir``, else in
-``data/<dataset>/`` beside this file, else (Fashion-MNIST) where Debian's package puts them, else
-they are downloaded. ``--dataset=auto`` falls back to the 5,000 digits in ``data/mnist-5k/``.
+MNIST and Fashion-MNIST come as four IDX files each. They are read from ``--data-dir`` where it is
+given. Without it they are looked for in ``data/<dataset>/`` beside this file, then (Fashion-MNIST)
+where Debian's package puts them, and then downloaded; ``--dataset=auto`` falls back to the 5,000
+digits in ``data/mnist-5k/``.
 Checksums are those of the decompressed files, so that any container of the same data passes.
 """
 

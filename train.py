@@ -288,9 +288,9 @@ def parse_args(argv: Sequence[str] = ()) -> argparse.Namespace:
         '--recipe',
         choices=['tuned', 'original'],
         default='tuned',
-        help='defaults of the options below that name a default for each recipe: tuned, or those '
-        'of the MXNet version of 2016 (YYuanAnyVision/mxnet_center_loss; LeNet only); options '
-        'given explicitly win',
+        help='sets the options below whose default is by recipe: tuned ones, or those of the MXNet '
+        'version of 2016 (YYuanAnyVision/mxnet_center_loss; LeNet only); options given explicitly '
+        'win',
     )
     objective.add_argument(
         '--network',
@@ -340,8 +340,8 @@ def parse_args(argv: Sequence[str] = ()) -> argparse.Namespace:
         choices=['random', 'discriminants'],
         default=argparse.SUPPRESS,
         help="initial weights of the embedding: the initializer's, or the linear discriminants "
-        '(Fisher) of the features of 5,000 training images, so that digits that look alike begin '
-        'as neighbours (default: by recipe)',
+        '(Fisher) of the features of some 5,000 training images, so that digits that look alike '
+        'begin as neighbors (default: by recipe)',
     )
 
     add_training_arguments(parser)

@@ -322,7 +322,7 @@ def rewind(train: mx.io.DataIter) -> None:
 def independent_seed(seed: int) -> int:
     """Spread a seed over the range of MXNet's, so that any two seeds are independent.
 
-    MXNet starts its i-th parallel generator at seed + i: neighbouring seeds share most weights.
+    MXNet starts its i-th parallel generator at seed + i: neighboring seeds share most weights.
     """
     return int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1)
 

@@ -7,7 +7,7 @@ from common.environment import mx
 from common.array_file import tagged, untagged
 from common.module import Module
 
-# Weights of neighbouring steps are alike. After this many steps one in so many is taken in, which
+# Weights of neighboring steps are alike. After this many steps one in so many is taken in, which
 # costs 2 to 3% of the training's time; every step costs 7% with batches of 128, 16% with 32.
 SPARSE_AFTER, EVERY = 100, 10
 

@@ -54,7 +54,7 @@ def discriminant_params(
     """Return initial parameters of a network, one of whose layers begins as linear discriminants.
 
     This layer separates the classes from the first step on, and those that look alike begin as
-    neighbours. All other parameters are the initializer's, and so are the lengths of the layer's
+    neighbors. All other parameters are the initializer's, and so are the lengths of the layer's
     weight vectors. Where there are more of these than discriminants, the others stay random.
 
     Parameters

@@ -48,7 +48,7 @@ class Verification(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Measurements of one checkpoint on labelled images.
+    """Measurements of one checkpoint on labeled images.
 
     Attributes
     ----------

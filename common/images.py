@@ -54,7 +54,7 @@ def _ink(image):
 def prepare_digit(image: np.ndarray) -> np.ndarray:
     """Prepare a digit as MNIST's makers prepared theirs.
 
-    It fits into a box of 20 x 20 pixels, with its centre of mass at the middle of 28 x 28, and is
+    It fits into a box of 20 x 20 pixels, with its center of mass at the middle of 28 x 28, and is
     light on black: a dark digit on a light ground is inverted.
 
     Parameters

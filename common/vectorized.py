@@ -1,12 +1,13 @@
 """LeNet and LeNet++ in forms that a CPU computes faster, with the same parameters and results.
 
-oneDNN (2.4.4 in MXNet 1.9.1) has vectorised convolutions for channels in multiples of 8, with
-AVX-512 of 16 (of 8 it takes its AVX2 code there: a step takes 1.2 times as long), and no vectorised
+oneDNN (2.4.4 in MXNet 1.9.1) has vectorized convolutions for channels in multiples of 8, with
+AVX-512 of 16 (of 8 it takes its AVX2 code there: a step takes 1.2 times as long), and no vectorized
 weight gradient for a single input channel. Textbook LeNet takes 1.31 times as long a
 step as the form here (batch 128, 1 thread; 1.13 without the pairs of rows, 1.25 with each tanh
-before its pooling), LeNet++ with MXNet's LeakyReLU about twice as long as with ``prelu``. On a GPU
-the slices and concatenations only cost. Parameters have the names and shapes of the plain networks
-in ``train.py``, so that a checkpoint is of both.
+before its pooling), LeNet++ with MXNet's LeakyReLU about twice as long as with ``prelu``
+(``python -m tools.benchmark --only tricks lenet++``). On a GPU the slices and concatenations only
+cost. Parameters have the names and shapes of the plain networks in ``train.py``, so that a
+checkpoint is of both.
 """
 
 from common.environment import mx
@@ -64,7 +65,7 @@ def padded_convolution(
     ----------
     x
         Input; its channels beyond those of ``shape`` may hold any finite number. Three channels
-        stay three: oneDNN has a vectorised form for the first layer.
+        stay three: oneDNN has a vectorized form for the first layer.
     weight
         Filters of ``shape`` (filters, channels, height, width); the bias is ``NAME_bias``.
 

@@ -140,7 +140,7 @@ def test_vis_embed():
 
 @pytest.mark.parametrize('name', ['lenet', 'lenet++'])
 def test_saved_form_does_not_matter(name, sample):
-    """c9a6961 saved the vectorised form of the network, with MXNet's own function."""
+    """c9a6961 saved the vectorized form of the network, with MXNet's own function."""
     plain, fast = (
         train.get_symbol(network=name, vectorized=form, center_loss_weight=0.3)
         for form in (False, True)

@@ -71,7 +71,7 @@ def test_digits_of_mnist_stay_as_they_are():
     assert np.mean(same) >= 0.97
 
 
-def test_box_and_centre_of_mass():
+def test_box_and_center_of_mass():
     prepared = prepare_digit(rendered()).astype(float)
     rows, columns = np.nonzero(prepared)
     assert np.ptp(rows) + 1 == 20 and np.ptp(columns) + 1 <= 20

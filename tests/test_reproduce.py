@@ -62,7 +62,7 @@ def test_table_has_measurements(finished):
     folder, printed = finished
     digits = data.load_digits('mnist-5k')
     for name in ('ring-softmax', 'ring-joint'):
-        prefix = str(folder / 'reproduction' / 'seed-0' / name)
+        prefix = str(folder / 'reproduction-mnist-5k' / 'seed-0' / name)
         embeddings, logits = embed(prefix, 1, digits.val_images)
         accuracy = np.mean(logits.argmax(axis=1) == digits.val_labels)
         clusters = cluster_statistics(embeddings, digits.val_labels)
@@ -119,7 +119,7 @@ def test_finished_runs_are_skipped(finished, monkeypatch, capsys):
 def test_stopped_program_continues(in_own_folder, monkeypatch):
     monkeypatch.setattr(runs, 'estimate', lambda *arguments: 0)  # of the second start
     names = experiments.PARTS['ring'].runs()
-    prefixes = {name: in_own_folder / 'reproduction' / 'seed-0' / name for name in names}
+    prefixes = {name: in_own_folder / 'reproduction-mnist-5k' / 'seed-0' / name for name in names}
     process = subprocess.Popen(
         [sys.executable, *REPRODUCE, *SMALL, '--jobs=2', '--num-epochs=500'],
         env={**os.environ, 'PYTHONPATH': str(ROOT)},
@@ -149,23 +149,23 @@ def test_stopped_program_continues(in_own_folder, monkeypatch):
         assert Checkpoints(prefix).epochs() == [num_epochs]
 
 
-def test_neighbours():
+def test_neighbors():
     corners = [(0, 0), (4, 0), (4, 3), (0, 3)]
-    assert arrangement.neighbours([*corners, (2, 1)]) == {
+    assert arrangement.neighbors([*corners, (2, 1)]) == {
         *((0, 1), (1, 2), (2, 3), (0, 3)),
         *((corner, 4) for corner in range(4)),
     }
     for unfit in ([(0, 0), (1, 1)], [(0, 0), (1, 1), (2, 2)], [(0, 0)] * 3):
         with pytest.raises(InputError, match='no Delaunay triangulation'):
-            arrangement.neighbours(unfit)
+            arrangement.neighbors(unfit)
 
 
-def test_share_between_neighbours():
+def test_share_between_neighbors():
     labels, predicted = np.array([0, 2, 1, 3, 4, 0, 4]), np.array([2, 0, 3, 3, 0, 0, 1])
     confused = arrangement.confusions(labels, predicted)
     assert confused == {'0-2': 2, '0-4': 1, '1-3': 1, '1-4': 1}
     square = [(0, 0), (4, 0), (4, 3), (0, 3), (2, 1)]
-    assert arrangement.share_between_neighbours(square, confused) == 2 / 5
+    assert arrangement.share_between_neighbors(square, confused) == 2 / 5
     assert arrangement.confusions(labels, labels) == {}
 
 
@@ -177,12 +177,12 @@ def test_arrangements_are_drawn():
     with picture_style():
         figure = arrangement.draw_arrangements(prefixes, ['seed 0', 'seed 1'], [0.25, 0.5], few)
     for ax, prefix, share in zip(figure.axes, prefixes, ('25.0%', '50.0%'), strict=True):
-        edges = len(arrangement.neighbours(Embedder(prefix).centers))
+        edges = len(arrangement.neighbors(Embedder(prefix).centers))
         (drawn, _) = ax.get_lines()  # edges, and no markers
         assert np.isfinite(drawn.get_xdata()).sum() == 2 * edges
         texts = [text.get_text() for text in ax.texts]
         assert any(
-            f'{share} of the reference confusions are between neighbours' in text for text in texts
+            f'{share} of the reference confusions are between neighbors' in text for text in texts
         )
     assert [ax.get_title()[:6] for ax in figure.axes] == ['seed 0', 'seed 1']
 

@@ -107,9 +107,9 @@ def test_paired_seeds():
     better = accuracies('better', 0.9812, 0.9841, 0.99)  # whose third seed has no other
     compare = [('better', 'softmax'), ('close', 'softmax')]
     assert lines_of('results', softmax, close, better, compare=compare)[-2:] == [
-        '- better above softmax: accuracy in 2 of 2 seeds, by 0.12 to 0.31 points',
-        '- close above softmax: accuracy in 1 of 2 seeds, the differences are -0.20 to +0.10 '
-        'points',
+        '- better against softmax: higher accuracy in 2 of 2 seeds, by 0.12 to 0.31 points',
+        '- close against softmax: higher accuracy in 1 of 2 seeds, the differences are -0.20 to '
+        '+0.10 points',
     ]
 
 
@@ -133,9 +133,9 @@ def test_splits_are_averaged():
     assert ' | 0.7500 ± 0.0707 | 75.0% ± 7.1 | ' in lines[4]
     assert lines[4].endswith(' | 0.7000, 0.8000 |')
     assert lines[-1].startswith(
-        '- ours above softmax: accuracy in 4 of 4 seeds and splits, by 1.00 '
+        '- ours against softmax: higher accuracy in 4 of 4 seeds and splits, by 1.00 '
     )
-    assert '; AUC in 4 of 4 seeds and splits, by 0.0100 to 0.0100; ' in lines[-1]
+    assert '; higher AUC in 4 of 4 seeds and splits, by 0.0100 to 0.0100; ' in lines[-1]
 
 
 def test_original():
@@ -190,7 +190,7 @@ def test_arrangement():
     assert lines[2:4] == ['| a | 1 | 80.0% | 97.00% |', '| a | 0 | 90.0% | 98.00% |']
     # Accuracy rises with the share in each row, and falls from row to row.
     assert 'over 4 runs: -0.60;' in lines[-2]
-    assert lines[-2].endswith('the means of the objective: 0.89')
+    assert lines[-2].endswith('the means of the same objective and start: 0.89')
     assert lines[-1] == '- reference: the 5 confusions of `--embedding-dim=10`, seeds 0, 1'
 
 

@@ -1,7 +1,7 @@
-"""The arrangement of the classes in the plane: which of them are neighbours, and which matter.
+"""The arrangement of the classes in the plane: which of them are neighbors, and which matter.
 
-Two classes are neighbours if an edge of the Delaunay triangulation joins their centers. An image
-that looks like two classes lies between their clusters; where these are no neighbours, a third
+Two classes are neighbors if an edge of the Delaunay triangulation joins their centers. An image
+that looks like two classes lies between their clusters; where these are no neighbors, a third
 class has its place there.
 """
 
@@ -43,8 +43,8 @@ def triangulation(centers: Sequence[Sequence[float]]) -> Triangulation:
         ) from None
 
 
-def neighbours(centers: Sequence[Sequence[float]]) -> set[tuple[int, int]]:
-    """Return the pairs (i, j), i < j, of the centers (K, 2) that are neighbours."""
+def neighbors(centers: Sequence[Sequence[float]]) -> set[tuple[int, int]]:
+    """Return the pairs (i, j), i < j, of the centers (K, 2) that are neighbors."""
     return {(min(edge), max(edge)) for edge in triangulation(centers).edges.tolist()}
 
 
@@ -59,15 +59,13 @@ def confusions(labels: np.ndarray, predicted: np.ndarray) -> dict[str, int]:
     return {f'{i}-{j}': count for (i, j), count in zip(found, counts.tolist(), strict=True)}
 
 
-def share_between_neighbours(
-    centers: Sequence[Sequence[float]], reference: dict[str, int]
-) -> float:
-    """Return the share of the confusions whose two classes are neighbours.
+def share_between_neighbors(centers: Sequence[Sequence[float]], reference: dict[str, int]) -> float:
+    """Return the share of the confusions whose two classes are neighbors.
 
     ``reference`` are those of a network with a larger embedding, in which any two classes can be
-    neighbours: it confuses digits that look alike. It has to have some.
+    neighbors: it confuses digits that look alike. It has to have some.
     """
-    adjacent = {f'{i}-{j}' for i, j in neighbours(centers)}
+    adjacent = {f'{i}-{j}' for i, j in neighbors(centers)}
     between = sum(count for pair, count in reference.items() if pair in adjacent)
     return between / sum(reference.values())
 
@@ -75,13 +73,13 @@ def share_between_neighbours(
 def draw_arrangements(
     prefixes: Sequence[Path], names: Sequence[str], shares: Sequence[float], digits: Digits
 ) -> Figure:
-    """Draw the test images as each run's newest checkpoint embeds them, and who is neighbour."""
+    """Draw the test images as each run's newest checkpoint embeds them, and the neighbors."""
     panels, centers = [], []
     for prefix, name, share in zip(prefixes, names, shares, strict=True):
         checkpoints = Checkpoints(prefix)
         epoch = max(checkpoints.epochs())
         panel = make_panel(checkpoints, epoch, name, digits, 'test')
-        caption = f'{panel.caption}\n{share:.1%} of the reference confusions are between neighbours'
+        caption = f'{panel.caption}\n{share:.1%} of the reference confusions are between neighbors'
         panels.append(panel._replace(caption=caption))
         centers.append(Embedder(checkpoints, epoch).centers)
     figure = draw_embeddings(panels, digits.class_names)

@@ -202,20 +202,27 @@ def measure_classes(report: Report, args: argparse.Namespace) -> None:
     tracemalloc.stop()
 
 
-def measure_threads(report: Report, args: argparse.Namespace) -> None:
-    """Measure how long a thread should spin before it sleeps, see common/environment.py."""
+def measure_settings(report: Report, args: argparse.Namespace) -> None:
+    """Measure settings of OpenMP, memory and MXNet; the first changes nothing.
+
+    How long a thread spins before it sleeps is set in common/environment.py.
+    """
     variants = {
-        'as it is': {'OMP_WAIT_POLICY': 'active', 'GOMP_SPINCOUNT': '3000'},
+        'no change': {},
         'threads that sleep': {'OMP_WAIT_POLICY': 'passive', 'GOMP_SPINCOUNT': '0'},
         'threads that spin for long': {'OMP_WAIT_POLICY': 'active', 'GOMP_SPINCOUNT': '10000000'},
+        'OMP_PROC_BIND=true': {'OMP_PROC_BIND': 'true'},
+        'large pages': {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'},
+        'bulks of up to 100 operators': {'MXNET_EXEC_BULK_EXEC_MAX_NODE_TRAIN': '100'},
+        'no bulks': {'MXNET_EXEC_BULK_EXEC_TRAIN': '0'},
     }
     with contextlib.ExitStack() as stack:
         processes = [
-            stack.enter_context(TrainingProcess('tools.benchmark', '--train-on-request', **variant))
-            for variant in variants.values()
+            stack.enter_context(TrainingProcess('tools.benchmark', '--train-on-request', **changed))
+            for changed in ({}, *variants.values())
         ]
-        ours, *others = report.interleave(*processes, rounds=10)
-    for name, seconds in zip(list(variants)[1:], others, strict=True):
+        ours, *others = report.interleave(*processes, rounds=12)
+    for name, seconds in zip(variants, others, strict=True):
         report.add(f'step, with {name} over as it is, batch 128', seconds / ours)
 
 
@@ -349,7 +356,7 @@ PARTS = {
     'loop': measure_loop,
     'operator': measure_operator,
     'classes': measure_classes,
-    'threads': measure_threads,
+    'settings': measure_settings,
     'torch': measure_torch,
     'overhead': measure_overhead,
     'start-up': measure_start_up,
@@ -370,7 +377,14 @@ def main(argv: Sequence[str] = ()) -> None:
     )
     add = parser.add_argument
     add('--data-dir', type=Path, metavar='DIR', help='folder of the IDX files for train.py, vis.py')
-    add('--only', nargs='+', choices=list(PARTS), default=list(PARTS), metavar='PART')
+    add(
+        '--only',
+        nargs='+',
+        choices=list(PARTS),
+        default=list(PARTS),
+        metavar='PART',
+        help=f'measure these parts: {", ".join(PARTS)} (default: all)',
+    )
     add('--rounds', type=number(int, minimum=1), default=MAX_ROUNDS, help='to take fewer rounds')
     add('--json', type=Path, metavar='FILE', help='write the table to this file')
     add('--part', choices=list(PARTS), help='measure in this process and print JSON')

@@ -1,7 +1,7 @@
 """Write a trained network for other programs: plain MXNet, and ONNX.
 
     python -m tools.export --output digits                         the newest epoch of center_loss
-    python -m tools.export --model-prefix=softmax --epoch=20 --output digits
+    python -m tools.export --model-prefix=softmax --epoch=8 --output digits
 
     digits-symbol.json, digits-0000.params    for MXNet alone: plain layers, no labels
     digits.onnx                               for ONNX; needs pip install -r requirements-onnx.txt

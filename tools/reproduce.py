@@ -1,10 +1,10 @@
 """The results of the documentation: every training run, the tables and the pictures.
 
     python -m tools.reproduce --images=images --tables=docs/results    of MNIST, in reproduction/
-    python -m tools.reproduce --dataset=fashion-mnist --work=fashion   of Fashion-MNIST
+    python -m tools.reproduce --dataset=fashion-mnist           in reproduction-fashion-mnist/
     python -m tools.reproduce --only original                   beside the MXNet version of 2016
     python -m tools.reproduce --only lambda ring --seeds=1      some parts, one seed
-    python -m tools.reproduce --dataset=mnist-5k --num-epochs=5 --only lambda    a trial
+    python -m tools.reproduce --dataset=mnist-5k --work=trial --num-epochs=5 --only lambda
 
 A run is ``python train.py`` with the options that the table shows. As many runs train side by side
 as there are processors, with one thread each: for networks of this size that is faster than one run
@@ -29,7 +29,7 @@ from common.command_line import ArgumentParser, number, run_script
 from common.files import replace_when_whole
 from common.pictures import picture_style, save_picture
 from data import DATASETS, load_digits
-from tools.arrangement import draw_arrangements, share_between_neighbours
+from tools.arrangement import draw_arrangements, share_between_neighbors
 from tools.experiments import (
     DATASET_PARTS,
     MNIST_PARTS,
@@ -101,8 +101,8 @@ def reference(runs: Runs) -> dict:
 
 
 def share(run: Run, reference: dict) -> float:
-    """Return the share of the reference's confusions whose classes are neighbours in a run."""
-    return share_between_neighbours(run.result()['centers'], reference['confusions'])
+    """Return the share of the reference's confusions whose classes are neighbors in a run."""
+    return share_between_neighbors(run.result()['centers'], reference['confusions'])
 
 
 def path_of(folder: Path, file: str, dataset: str) -> Path:
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] = ()) -> None:
     add = functools.partial(parser.add_argument, metavar='N')
     add('--dataset', choices=list(DATASETS), default='mnist', metavar=None, help='as in train.py')
     add('--data-dir', type=Path, metavar='DIR', help='folder of the four IDX files, as in train.py')
-    add('--work', type=Path, default='reproduction', metavar='DIR', help='folder of the runs')
+    add('--work', type=Path, metavar='DIR', help='folder of the runs (default: by dataset)')
     add('--images', type=Path, metavar='DIR', help='draw the pictures in this folder')
     add('--tables', type=Path, metavar='DIR', help='write a JSON file for each part to this folder')
     add(
@@ -160,15 +160,21 @@ def main(argv: Sequence[str] = ()) -> None:
         nargs='+',
         choices=list(PARTS),
         metavar='PART',
-        help='make these parts (default: those of the documentation, by dataset)',
+        help=f'make these parts: {", ".join(PARTS)} (default: by dataset)',
     )
     add('--seeds', type=count, help='train every run with the seeds 0 to N-1 (default: 1, 3 or 5)')
     add('--jobs', type=count, default=available_cpus(), help='train N runs side by side')
     add('--num-epochs', type=count, help='of the runs that do not name it (default: by recipe)')
     add('--num-examples', type=count, help='train on the first N images (default: all)')
-    add('--options', default='--batch-size=128', help='of train.py, for all runs, in one argument')
+    add(
+        '--options',
+        default='--batch-size=128',
+        metavar='OPTIONS',
+        help='of train.py, for all runs, in one argument',
+    )
     args = parser.parse_args(list(argv))
     args.only = args.only or DATASET_PARTS.get(args.dataset, MNIST_PARTS)
+    args.work = args.work or path_of(Path(), 'reproduction', args.dataset)
 
     needed = {name for part in args.only for name in PARTS[part].runs()}
     runs = {

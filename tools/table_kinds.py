@@ -76,7 +76,7 @@ def results_table(
     lines = markdown(['', 'options', *columns, f'{listed} of each seed'], rows)
     for ours, theirs in compared_rows(table):
         found = [comparison(ours, theirs, c) for c in columns if c in ('accuracy', *UNSEEN)]
-        lines.append(f'- {ours["title"]} above {theirs["title"]}: {"; ".join(found)}')
+        lines.append(f'- {ours["title"]} against {theirs["title"]}: {"; ".join(found)}')
     return lines
 
 
@@ -114,7 +114,7 @@ def comparison(ours: dict, theirs: dict, column: str) -> str:
     else:
         span = f'by {low:{form}} to {high:{form}}{unit}'
     repetitions = 'seeds and splits' if len(ours['options']) > 1 else 'seeds'
-    return f'{column} in {above} of {len(pairs)} {repetitions}, {span}'
+    return f'higher {column} in {above} of {len(pairs)} {repetitions}, {span}'
 
 
 def original_table(table: dict) -> list[str]:
@@ -229,9 +229,9 @@ def arrangement_table(table: dict) -> list[str]:
     overall, in_row = (rank_correlation(*columns) for columns in both)
     count = sum(table['reference']['confusions'].values())
     return [
-        *markdown(['', 'seed', 'confusions between neighbours', 'test accuracy'], rows),
+        *markdown(['', 'seed', 'confusions between neighbors', 'test accuracy'], rows),
         f'- rank correlation of the two columns over {len(rows)} runs: {overall}; of their '
-        f'differences to the means of the objective: {in_row}',
+        f'differences to the means of the same objective and start: {in_row}',
         f'- reference: the {count} confusions of `{table["reference"]["options"]}`, seeds '
         f'{", ".join(map(str, table["reference"]["seeds"]))}',
     ]
@@ -246,16 +246,25 @@ KINDS: dict[str, Callable[[dict], list[str]]] = {
 }
 
 
+WITHOUT_OPTIONS = ('original', 'arrangement')  # the tables that have no column of them
+
+
+def machine(made: dict) -> str:
+    """Return on what a table was made."""
+    count, kind = made['processor'].split(' of ', 1)
+    library = f'PyTorch {made["torch"]}' if 'torch' in made else f'MXNet {made["mxnet"]}'
+    threads = f'{made["threads"]} thread{"" if made["threads"] == "1" else "s"} a run'
+    return f'{kind} ({made["instruction_set"]}, {count} processors), {threads}, {library}'
+
+
 def render(table: dict) -> str:
     """Return Markdown of a table, with the command that makes it and the machine."""
-    machines = [
-        f'{made["processor"]} ({made["instruction_set"]}, threads: {made["threads"]}), '
-        + (f'PyTorch {made["torch"]}' if 'torch' in made else f'MXNet {made["mxnet"]}')
-        for made in table['made_by']
-    ]
-    made_by = '; '.join(dict.fromkeys(machines))
+    made_by = '; '.join(dict.fromkeys(map(machine, table['made_by'])))
     made_of = ''
-    if 'options' in table:
+    if 'options' in table and table['kind'] in WITHOUT_OPTIONS:
+        rows = (f'{row["title"]}, {options_of(row)}' for row in table['rows'])
+        made_of = f' Every run is `{table["options"]}` with: {"; ".join(rows)}.'
+    elif 'options' in table:
         made_of = f' Every run is `{table["options"]}` and the options of its row.'
     found = KINDS[table['kind']](table)
     spread = ' ± is the standard deviation over seeds.' if '±' in ''.join(found) else ''
