@@ -265,13 +265,12 @@ def parse_args(argv: Sequence[str] = ()) -> argparse.Namespace:
     parser.add_argument(
         '--num-examples',
         type=number(int, minimum=1),
-        default=60000,
         metavar='N',
-        help='use only the first N training images',
+        help='use only the first N training images (default: all)',
     )
     parser.add_argument(
         '--num-classes',
-        type=number(int, minimum=2),
+        type=number(int, minimum=2, maximum=256),
         metavar='K',
         help='train and validate on the classes 0 to K-1 only (default: all): vis.py then shows '
         'how well the embedding separates the other ones',
@@ -301,14 +300,14 @@ def parse_args(argv: Sequence[str] = ()) -> argparse.Namespace:
     )
     objective.add_argument(
         '--embedding-dim',
-        type=number(int, minimum=1),
+        type=number(int, minimum=1, maximum=10**6),
         default=2,
         metavar='D',
         help='dimension of the embedding',
     )
     objective.add_argument(
         '--center-loss-weight',
-        type=number(float, minimum=0),
+        type=number(float, minimum=0, maximum=1e6),
         default=argparse.SUPPRESS,
         metavar='LAMBDA',
         help='lambda of L = L_softmax + lambda L_C, both the mean over the batch; 0 is softmax '
@@ -404,7 +403,7 @@ def start_workers(args, argv, load_data, devices, how_to_continue):
 
     def resume_hint():
         paths = map(checkpoints.params_path, checkpoints.epochs())
-        saved = [path for path in paths if path.stat().st_mtime >= begin]
+        saved = [path for path in paths if path.exists() and path.stat().st_mtime >= begin]
         return describe_saved(checkpoints.prefix, saved, how_to_continue)
 
     run_workers([sys.executable, SCRIPT, *argv], args.num_workers, resume_hint)

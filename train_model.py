@@ -12,6 +12,7 @@ import inspect
 import itertools
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from common.environment import mx
 from center_loss import Accuracy, CenterLossMetric, CrossEntropy
 from common.averaging import Average
 from common.checkpoints import Checkpoints
-from common.devices import check_divisible, check_equal_shares
+from common.devices import check_enough_images, check_equal_shares
 from common.distributed import check_agreement, connected
 from common.errors import Failure, InputError
 from common.log_file import log_to, log_when_stopped
@@ -42,7 +43,7 @@ CHECKED_BATCHES = 10  # of validation images, to see a collapse that an average 
 
 # Options that a continued run may change without changing a single weight.
 NOT_COMPARED = {
-    *('batch_end_callback', 'data_dir', 'keep_checkpoints', 'load_epoch', 'log_dir', 'log_file'),
+    *('data_dir', 'keep_checkpoints', 'load_epoch', 'log_dir', 'log_file'),
     *('model_prefix', 'num_epochs', 'resume', 'save_model_prefix'),
 }
 
@@ -141,7 +142,8 @@ def fit(
     Returns
     -------
     Module
-        The trained module; ``module.validation_scores`` are the metrics of the last epoch.
+        With the weights of the last step. ``module.validation_scores`` are the metrics of what was
+        saved after the last epoch, with ``average_weights`` of the average.
 
     Raises
     ------
@@ -154,7 +156,7 @@ def fit(
     check_equal_shares(batch_size, devices)
     momentum_option = {'momentum': momentum} if has_momentum(optimizer) else {}
     checkpoints = Checkpoints(save_model_prefix)
-    log_path = Path(log_dir).expanduser() / log_file
+    log_path = Path(os.path.expanduser(log_dir)) / log_file
     if checkpoints.owns(log_path):
         raise InputError(f'--log_file={log_path} is a checkpoint of {save_model_prefix}')
 
@@ -185,7 +187,7 @@ def fit(
         load = data if callable(data) else lambda *args, **parts: data
         train, val = load(batch_size, num_parts=kv.num_workers, part_index=kv.rank)
         num_batches, data_facts = count_batches(train), getattr(train, 'data_facts', {})
-        check_divisible(val, len(devices))
+        check_enough_images(val, len(devices))
         network, compute_network = (
             form if form is None or isinstance(form, mx.sym.Symbol) else form(train)
             for form in (network, compute_network)

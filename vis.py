@@ -35,7 +35,6 @@ import itertools
 import logging
 import math
 from pathlib import Path
-import sys
 import textwrap
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -397,7 +396,7 @@ def choose_runs(args: argparse.Namespace) -> list[tuple[str, int]]:
 
 def progress(items: Sequence, doing: str, unit: str) -> Iterable:
     """Return the items with a progress bar on a terminal."""
-    return tqdm(items, doing, unit=unit, leave=False, disable=None if sys.stderr else True)
+    return tqdm(items, doing, unit=unit, leave=False, disable=None)
 
 
 def newest_epoch(prefix: str, option: str = '--model-prefix') -> int:

@@ -85,6 +85,8 @@ class LossyStream:
 
     def __init__(self, stream: TextIO | None):
         self._stream = stream or io.StringIO()  # None: it was closed from the start
+        if hasattr(stream, 'reconfigure'):  # the name of a file may be no text in its encoding
+            stream.reconfigure(errors='backslashreplace')
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)

@@ -9,6 +9,7 @@ import re
 from typing import TYPE_CHECKING
 
 from common.errors import InputError
+from common.idx import printable
 from common.pictures import distinct_colors, new_figure
 
 if TYPE_CHECKING:
@@ -101,13 +102,14 @@ def draw_curves(paths: Sequence[str]) -> tuple[Figure, list[str]]:
         for (ax, metric), split in itertools.product(zip(axes, metrics, strict=True), names):
             curve = log.get((split, metric), {})
             style = {'ls': '--', 'alpha': 0.7} if split == 'Train' else {'marker': 'o', 'ms': 3.5}
-            label = f'{path}, {names[split]} images'
+            label = f'{printable(path)}, {names[split]} images'
             ax.plot(list(curve), list(curve.values()), color=color, label=label, **style)
         last = [
             f'{names[split]} {metric.replace("_", " ")} {list(curve.values())[-1]:.4f}'
             for (split, metric), curve in log.items()
         ]
-        report.append(f'{path}: epoch {max(map(max, log.values()))}, last: {", ".join(last)}')
+        epoch = max(map(max, log.values()))
+        report.append(f'{printable(path)}: epoch {epoch}, last: {", ".join(last)}')
     for ax, metric in zip(axes, metrics, strict=True):
         style_curves(ax, metric)
     figure.legend(

@@ -63,7 +63,7 @@ def check_equal_shares(batch_size: int, devices: Sequence[mx.Context]) -> None:
         )
 
 
-def check_divisible(val: mx.io.DataIter, num_devices: int) -> None:
+def check_enough_images(val: mx.io.DataIter, num_devices: int) -> None:
     """Raise InputError where a validation batch has fewer images than there are devices."""
     if num_devices > 1:
         val.reset()

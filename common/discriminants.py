@@ -103,6 +103,8 @@ def discriminant_params(
     logging.info('%s begins as linear discriminants of %d images', layer, len(labels))
     params = module.get_params()[0]
     weight = params[f'{layer}_weight'].asnumpy()  # (d, F)
+    if weight.ndim != 2:
+        raise InputError(f'the layer {layer} is not dense: it cannot begin as linear discriminants')
     directions = fisher_discriminants(features.astype(float), labels)[: len(weight)]
     norms = np.linalg.norm(directions, axis=1, keepdims=True)
     if norms.all():  # else all images are the same

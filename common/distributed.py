@@ -217,7 +217,7 @@ class NodeWatchdog:
                     self._end_process(
                         'no connection to the scheduler at {DMLC_PS_ROOT_URI}:{DMLC_PS_ROOT_PORT} '
                         'with all of the {DMLC_NUM_WORKER} workers and {DMLC_NUM_SERVER} servers '
-                        'within {seconds} s'.format(**os.environ, seconds=START_TIMEOUT)
+                        'within {} s'.format(START_TIMEOUT, **os.environ)
                     )
             elif now - connected_at > self.node_timeout:  # before, no node can be overdue
                 self._check_nodes()

@@ -29,14 +29,11 @@ TRAINED = Path(__file__).resolve().parent.parent / 'data' / 'trained' / 'center_
 MAX_VALUES = 2**31  # of all layers for one batch: what a network of another program may allocate
 
 
-def choose_run(model_prefix: str | None, default: str = 'center_loss') -> str:
-    """Return a prefix: the one given, else ``default``, else the network that comes with this.
-
-    ``default`` is taken if it has a checkpoint.
-    """
+def choose_run(model_prefix: str | None) -> str:
+    """Return the given prefix, else center_loss if it has a checkpoint, else the included one."""
     if model_prefix is not None:
         return model_prefix
-    return default if Checkpoints(default).epochs() else os.path.relpath(TRAINED)
+    return 'center_loss' if Checkpoints('center_loss').epochs() else os.path.relpath(TRAINED)
 
 
 class Embedded(NamedTuple):
@@ -177,6 +174,8 @@ class Embedder:
             # channels that takes twice as long.
             module.bind(list(shapes.items()), for_training=True)
             module.set_params(arg_params, aux_params, allow_extra=True)
+            if any(len(shape) != 2 for _, shape in module.output_shapes):
+                raise ValueError
         except (mx.MXNetError, RuntimeError, ValueError, TypeError):
             height, width = self.image_shape
             raise InputError(

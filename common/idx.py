@@ -47,7 +47,7 @@ def read_idx(path: Path) -> tuple[np.ndarray, str]:
 
 def _read_idx(file, file_size):
     magic = file.read(4)  # the last byte is the number of dimensions
-    if magic[:3] != b'\0\0\x08' or magic[3:] not in (b'\1', b'\2', b'\3'):
+    if magic[:3] != b'\0\0\x08' or magic[3:] not in (b'\1', b'\3'):
         raise ValueError(
             f'not an IDX file of bytes: it begins with {magic.hex(" ") or "nothing"}, not with '
             '00 00 08 01 (labels) or 00 00 08 03 (images)'

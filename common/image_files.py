@@ -95,11 +95,9 @@ def find_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
     """Return files as they are, and in place of a folder its images, in sorted order."""
     found = []
     for path in map(Path, paths):
-        inside = [
-            file
-            for file in (sorted(path.rglob('*')) if path.is_dir() else ())
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith('.') and file.is_file()
-        ]
+        inside = sorted(path.rglob('*')) if os.path.isdir(path) else []
+        inside = [file for file in inside if file.suffix.lower() in SUFFIXES]
+        inside = [file for file in inside if file.name[0] != '.' and os.path.isfile(file)]
         found += inside or [path]  # a folder without images is named when it cannot be read
     return found
 
@@ -107,11 +105,11 @@ def find_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
 def _read(path, image_shape):
     """Return (name, image, whether it is as the network takes it) of the images of a file."""
     name = printable(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f'{name}: no PNG, JPEG or TIFF file is in this folder')
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f'{name}: there is no such file')
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f'{name}: not a regular file')
     try:
         with open(path, 'rb') as file:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -94,7 +93,7 @@ def wait_for_all(processes: Mapping[str, subprocess.Popen], resume_hint: Callabl
                 sys.exit(status)
             if status < 0:
                 raise Failure(
-                    f'the {name} was killed ({signal.Signals(-status).name}), '
+                    f'the {name} was killed by signal {-status}, '
                     f'the others are stopped; {resume_hint()}'
                 )
         if all(process.returncode == 0 for process in processes.values()):

@@ -30,6 +30,7 @@ FRAME_COLORS = 128
 FRAMES_PER_SECOND = 3
 ANIMATIONS = ('gif', 'mp4')
 STYLE = {
+    'text.parse_math': False,  # the names of files and classes are shown as they are
     'grid.color': '0.93',
     'axes.edgecolor': '0.8',
     'text.color': '0.15',
@@ -146,9 +147,9 @@ def check_output(path: Path, option: str, kinds: Iterable[str] | None = None) ->
     problem = None
     if path.suffix[1:].lower() not in kinds:
         problem = f'the file name has to end in one of .{", .".join(sorted(kinds))}'
-    elif path.is_dir():
+    elif os.path.isdir(path):
         problem = 'it is a folder'
-    elif not path.parent.is_dir():
+    elif not os.path.isdir(path.parent):
         problem = f'there is no folder {path.parent}'
     elif not os.access(path.parent, os.W_OK | os.X_OK):
         problem = f'no permission to write to {path.parent.resolve()}, name another folder'

@@ -86,7 +86,7 @@ def find_start(
             )
         logging.info('%s: continuing at epoch %d; momentum begins at 0', path, load_epoch)
         return Start(load_epoch, False, *params, path=path)
-    if existing:
+    if existing and not resume:
         logging.warning(
             'checkpoints of an earlier run of %s (%d) are replaced once the first epoch is saved; '
             'stop now and give --resume to continue that run, or another --save-model-prefix to '

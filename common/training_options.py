@@ -97,8 +97,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         type=clipping,
         default=argparse.SUPPRESS,
         metavar='C',
-        help='clip gradients (of the mean over the batch) elementwise to [-C, C], which keeps the '
-        'first epochs stable where batches are few; 0: never (default: by recipe)',
+        help='clip gradients (of the mean over the batch) elementwise to [-C, C], which keeps high '
+        'rates stable where batches are few; 0: never (default: by recipe)',
     )
     training.add_argument(
         '--average-weights',

@@ -19,7 +19,8 @@ BLOCK = 16 if instruction_set() == 'avx512f' else 8  # channels
 def lenet(image: mx.sym.Symbol) -> mx.sym.Symbol:
     """Compute the features of ``train.lenet``: (B, 1, H, W) -> (B, 500).
 
-    Each tanh comes after its pooling: it is monotonic, so the two commute.
+    Each tanh comes after its pooling: it is monotonic, so the two commute. The shapes below are
+    with a BLOCK of 8.
     """
     net, weight = pairs_of_rows(image, mx.sym.var('conv1_weight', shape=(20, 1, 5, 5)), 'conv1')
     net = padded_convolution(net, weight, (20, 3, 2, 5), 'conv1')  # (B, 24, 24, 24)

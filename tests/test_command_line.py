@@ -253,6 +253,15 @@ run_script(main)"""
 
 
 @pytest.mark.slow
+def test_names_that_are_not_utf8():
+    program = f'{PROGRAM}\nrun_script(lambda argv: print(argv[0]))'
+    command = [sys.executable, '-c', program, b'a\xff']
+    environment = {**os.environ, 'PYTHONIOENCODING': 'utf-8'}
+    result = subprocess.run(command, capture_output=True, timeout=120, env=environment)
+    assert result.returncode == 0 and result.stdout == b'a\\udcff\n'
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('closed', ['>&-', '2>&-', '<&- >&- 2>&-'])
 def test_closed_streams(closed):
     """Files that are opened do not take their places."""

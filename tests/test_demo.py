@@ -131,6 +131,9 @@ def test_other_data_is_refused(digits):
     smaller = digits._replace(val_images=digits.val_images[:, 4:24, 4:24])
     with pytest.raises(InputError, match='images of another size'):
         Demo([Embedder(TRAINED[1])], smaller)
+    others = digits._replace(val_labels=digits.val_labels + 10)
+    with pytest.raises(InputError, match='has no image of the classes of'):
+        Demo([Embedder(TRAINED[1])], others)
 
 
 def test_answers_over_http(server, demo, digits):

@@ -69,6 +69,14 @@ def test_layer_behind_a_convolution():
     assert found['embedding_weight'].shape == (2, 3 * 6 * 6)
 
 
+def test_layer_that_is_a_convolution():
+    train, _ = mnist_iterator(100, dataset='mnist-5k', num_examples=300)
+    net = mx.sym.Convolution(mx.sym.var('data'), kernel=(28, 28), num_filter=2, name='embedding')
+    labels = [mx.sym.BlockGrad(mx.sym.var(desc.name)) for desc in train.provide_label]
+    with pytest.raises(InputError, match='the layer embedding is not dense'):
+        discriminant_params(mx.sym.Group([net, *labels]), train, INITIALIZER)
+
+
 def begin(**options):
     """Return a network, its initial parameters with discriminants, and random ones."""
     train, val = mnist_iterator(100, dataset='mnist-5k')

@@ -17,7 +17,7 @@ import pytest
 from common.environment import ROLE, mx
 from common import distributed, launcher
 from common.checkpoints import Checkpoints
-from common.errors import InputError
+from common.errors import Failure, InputError
 from common.module import Module
 import data
 from helpers import (
@@ -198,7 +198,7 @@ def test_killed_worker_stops_the_run():
     epoch = Checkpoints('center_loss').epochs()[-1]
     *lines, last = stderr.splitlines()
     assert re.fullmatch(
-        r'train.py: error: the worker 1 was killed \(SIGKILL\), the others are stopped; the last '
+        r'train.py: error: the worker 1 was killed by signal 9, the others are stopped; the last '
         rf'whole checkpoint is center_loss-{epoch:04d}.params; continue with: python .*train.py '
         '.* --num-workers=2 .* --resume',
         last,
@@ -250,7 +250,8 @@ def test_missing_nodes_end_the_wait(role):
     impatient = NODE.replace(
         'run_script(test', 'test_distributed.distributed.START_TIMEOUT = 1\nrun_script(test'
     )
-    with nodes([sys.executable, '-c', impatient, '{}'], workers=2) as processes:
+    # The sentence is made with the environment, whatever that has.
+    with nodes([sys.executable, '-c', impatient, '{}'], workers=2, seconds='x') as processes:
         kept = next(name for name in processes if name.startswith(role))
         for name in processes.keys() - {kept}:
             processes[name].kill()
@@ -449,6 +450,14 @@ def test_launcher_shares_cpus(monkeypatch):
     monkeypatch.setattr(launcher, 'THREADS_CHOSEN_BY_USER', True)
     monkeypatch.setenv('OMP_NUM_THREADS', '5')
     assert launcher.node_environment(3)['OMP_NUM_THREADS'] == '5'
+
+
+def test_launcher_names_any_signal():
+    number = signal.SIGRTMIN + 1
+    with subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE) as process:
+        process.send_signal(number)
+        with pytest.raises(Failure, match=f'the worker 0 was killed by signal {number},'):
+            launcher.wait_for_all({'worker 0': process}, lambda: '')
 
 
 def test_launcher_checks_its_timeout(monkeypatch):

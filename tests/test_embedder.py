@@ -129,7 +129,6 @@ def test_no_checkpoint():
 def test_choose_run(run):
     assert choose_run('other') == 'other'
     assert Path(choose_run(None)).resolve() == TRAINED
-    assert choose_run(None, default='run') == 'run'
 
 
 @pytest.fixture

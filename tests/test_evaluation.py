@@ -182,6 +182,15 @@ def test_missing_epoch(runs, sample):
         embed(runs / 'small', 9, sample.val_images)
 
 
+def test_embedding_that_is_a_convolution(sample, tmp_path):
+    """Whose output is (B, 2, 1, 1)."""
+    net = mx.sym.Convolution(mx.sym.var('data'), kernel=(28, 28), num_filter=2, name='embedding')
+    net = mx.sym.FullyConnected(net, num_hidden=10, name='fc2')
+    save_untrained(tmp_path / 'run', mx.sym.SoftmaxOutput(net, name='softmax'))
+    with pytest.raises(InputError, match=r'are not a network of train\.py'):
+        embed(tmp_path / 'run', 1, sample.val_images[:10])
+
+
 def test_missing_symbol(runs, sample, tmp_path):
     (tmp_path / 'alone-0001.params').write_bytes((runs / 'small-0001.params').read_bytes())
     with pytest.raises(InputError, match=r'alone-symbol\.json'):

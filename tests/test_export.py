@@ -242,6 +242,7 @@ def test_layer_without_converter(in_own_folder, monkeypatch):
         ('digits.onnx', 'leave out .onnx'),
         ('/proc/digits', 'No such file'),
         ('x' * 250, 'File name too long'),
+        ('x' * 300, 'File name too long'),
     ],
 )
 def test_output_that_cannot_be(output, problem, runs, in_own_folder):

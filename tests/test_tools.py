@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 
 from common.environment import mx
+from common.errors import Failure, InputError
 from helpers import ROOT, run_python
-from tools import benchmark, benchmark_devices, benchmark_torch, many_classes, torch_recipe
+from tools import (
+    benchmark,
+    benchmark_devices,
+    benchmark_torch,
+    many_classes,
+    reproduce,
+    torch_recipe,
+)
 from tools.measuring import Report, Training, TrainingProcess
 from tools.operator_forms import with_operator
 import train
@@ -122,6 +130,31 @@ def test_training_process_is_stopped_between():
     assert training.process.poll() is not None
 
 
+def test_process_that_has_ended():
+    with TrainingProcess('tools.no_such_tool') as training:
+        training.process.wait(60)
+        with pytest.raises(Failure, match='no_such_tool has failed'):
+            training()
+
+
+@pytest.mark.parametrize(
+    'main, options, said',
+    [
+        (benchmark.main, ['--json=missing/table.json'], 'there is no folder missing'),
+        (benchmark.main, ['--json=table.csv'], 'has to end in one of .json'),
+        (torch_recipe.main, ['--tables=missing'], 'there is no folder missing'),
+        (reproduce.main, ['--tables=file'], 'cannot write to file: File exists'),
+        (reproduce.main, ['--images=file/images'], 'cannot write to file/images: Not a directory'),
+        (reproduce.main, ['--options="'], '--options=": No closing quotation'),
+        (reproduce.main, [f'--work={"x" * 300}'], 'File name too long'),
+    ],
+)
+def test_mistakes_are_told_before_work_begins(main, options, said, in_own_folder):
+    Path('file').touch()
+    with pytest.raises(InputError, match=said):
+        main(options)
+
+
 @pytest.mark.slow
 def test_benchmark_torch():
     pytest.importorskip('torch')
@@ -140,7 +173,8 @@ def test_torch_recipe(tmp_path, capsys):
     assert len(run['course']) == 2
     assert 0.5 > run['course'][1] > 0.05  # a low rate: 64 steps are not enough
     assert second.endswith(f'{run["course"][1]:.2%}')
-    assert table[0].startswith('Made by `python -m tools.torch_recipe --dataset=mnist-5k --seed=0`')
+    command = 'python -m tools.torch_recipe --dataset=mnist-5k --seed=0 --num-epochs=2'
+    assert table[0].startswith(f'Made by `{command}`.')
 
 
 @pytest.mark.slow

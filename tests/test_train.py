@@ -284,6 +284,7 @@ def test_defaults_without_arguments():
     """main() is the command line without options, whatever sys.argv has."""
     args = vars(train.parse_args())
     assert args['batch_size'] == 100 and args['num_epochs'] == 8 and args['dataset'] == 'auto'
+    assert args['num_examples'] is None  # all, also of larger data sets
 
 
 def test_abbreviations():
@@ -310,6 +311,11 @@ def test_held_out(main):
     wrote = main(*QUICK, '--validate-on=held-out')
     assert wrote.out.startswith('accuracy on the held-out training images ')
     assert 'mnist-5k, 200 training images, validation on 666 held-out' in wrote.err
+
+
+def test_folder_of_a_user_who_is_not_there(main):
+    main(*QUICK, '--log_dir=~no_such_user/logs')
+    assert Path('~no_such_user/logs/log.txt').exists()
 
 
 def test_load_epoch(main):
@@ -374,6 +380,7 @@ MISTAKES = {
     '--num-examples=all': "--num-examples: 'all' is not a whole number",
     '--num-examples=99': '--batch-size=100 is too large',
     '--num-classes=1': '--num-classes: 1 is out of range: it has to be at least 2',
+    '--num-classes=1000000000000': '--num-classes: 1000000000000 is out of range',
     '--classes=3': "--classes: '3' is not a list of two or more classes",
     '--classes=3,4,3': "--classes: '3,4,3' is not a list of two or more classes",
     '--classes=3,x': "--classes: '3,x' is not a list of two or more classes",
@@ -381,6 +388,8 @@ MISTAKES = {
     '--classes=3,4 --num-classes=2': '--classes and --num-classes both name the classes',
     '--load-epoch=20': 'there is no center_loss-0020.params',
     '--embedding-dim=0': '--embedding-dim: 0 is out of range: it has to be at least 1',
+    '--embedding-dim=10000000000': '--embedding-dim: 10000000000 is out of range',
+    '--center-loss-weight=1e39': '--center-loss-weight: 1e39 is out of range',
     '--network=resnet': "--network: invalid choice: 'resnet'",
     '--recipe=new': "--recipe: invalid choice: 'new'",
     '--recipe=original --network=lenet++': '--recipe=original is of lenet: leave out',

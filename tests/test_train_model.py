@@ -189,6 +189,15 @@ def test_resume_from_unaveraged(uninterrupted):
     assert_same_arrays(last, saved_params(uninterrupted / 'run', 2))
 
 
+def test_resuming_advises_no_resume(caplog):
+    """Where nothing can be resumed."""
+    train_small(num_epochs=1)
+    Path('run-0001.json').unlink()
+    train_small(num_epochs=1, resume=True)
+    assert 'no checkpoint of run to resume from' in caplog.text
+    assert 'give --resume' not in caplog.text
+
+
 def test_new_run_replaces_the_old(caplog):
     train_small()
     train_small(save_model_prefix='running', num_epochs=1)

@@ -576,6 +576,17 @@ def test_curves(runs, draw, capsys):
     assert 'training cross-entropy 2.2500' in out and 'test center loss 5.0000' in out
 
 
+def test_names_are_shown_as_they_are(tmp_path, draw):
+    """No formula is made of them, and they need not be UTF-8."""
+    names = ['$\\q$.txt', os.fsdecode(b'\xff.txt')]
+    for name in names:
+        (tmp_path / name).write_text('x Epoch[0] Validation-accuracy=0.5\n')
+    figure = draw('--curves', *names)
+    figure.canvas.draw()
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[1] == '$\\q$.txt, test images' and labels[3] == '\\xff.txt, test images'
+
+
 def test_curves_of_old_log(runs, draw):
     assert [ax.get_title() for ax in draw('--curves', 'old.txt').axes] == [
         'accuracy',

@@ -32,6 +32,7 @@ from common import vectorized
 from common.averaging import Average
 from common.command_line import ArgumentParser, number, run_script
 from common.files import replace_when_whole
+from common.pictures import check_output
 from common.versions import versions
 from data import load_digits
 from tools.benchmark_torch import FORMS, OPERATOR_FORMS, OPERATOR_STEPS
@@ -320,8 +321,8 @@ def measure_start_up(report: Report, args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             begin = time.time()
             options = ['--batch-size=128', *args.data_options]
-            told = run_python('-c', FIRST_BATCH, *options, cwd=folder, PYTHONPATH=str(ROOT))
-            now, kilobytes = map(float, told.split())
+            printed = run_python('-c', FIRST_BATCH, *options, cwd=folder, PYTHONPATH=str(ROOT))
+            now, kilobytes = map(float, printed.split())
             seconds.append(now - begin)
             added.append(kilobytes / 1024)
             begin = time.time()
@@ -381,7 +382,6 @@ def main(argv: Sequence[str] = ()) -> None:
         '--only',
         nargs='+',
         choices=list(PARTS),
-        default=list(PARTS),
         metavar='PART',
         help=f'measure these parts: {", ".join(PARTS)} (default: all)',
     )
@@ -394,6 +394,8 @@ def main(argv: Sequence[str] = ()) -> None:
     if args.data_dir:
         args.data_dir = args.data_dir.resolve()
         args.dataset, args.data_options = 'auto', [f'--data-dir={args.data_dir}']
+    if args.json:
+        check_output(args.json, '--json', ['json'])
     report = Report(args.rounds)
     if args.train_on_request:
         train_on_request()
@@ -408,7 +410,7 @@ def measure_all(report: Report, args: argparse.Namespace) -> None:
     """Measure the chosen parts, and print the table."""
     print(', '.join(f'{key} {value}' for key, value in machine().items()), flush=True)
     data_dir = [f'--data-dir={args.data_dir}'] if args.data_dir else []
-    for part in tqdm(args.only, desc='parts', disable=None):
+    for part in tqdm(args.only or PARTS, desc='parts', disable=None):
         if part == 'torch' and importlib.util.find_spec('torch') is None:
             print('PyTorch is not compared: it is not installed (pip install torch)')
             continue

@@ -186,9 +186,13 @@ def main(argv: Sequence[str] = ()) -> None:
         description='Measure several devices and workers on the CPU.',
     )
     parser.add_argument(
-        '--only', nargs='+', choices=list(PARTS), default=list(PARTS), metavar='PART'
+        '--only',
+        nargs='+',
+        choices=list(PARTS),
+        metavar='PART',
+        help=f'measure these parts: {", ".join(PARTS)} (default: all)',
     )
-    for part in parser.parse_args(list(argv)).only:
+    for part in parser.parse_args(list(argv)).only or PARTS:
         PARTS[part]()
 
 

@@ -173,7 +173,7 @@ def main(argv: Sequence[str] = ()) -> None:
         type=number(int, minimum=1),
         default=[128, 2, 10],
         metavar=('B', 'D', 'K'),
-        help='images of a batch, dimension, classes, of center loss alone (default: 128 2 10)',
+        help='images of a batch, dimension, classes, of center loss alone',
     )
     parser.add_argument(
         '--epochs',

@@ -3,7 +3,7 @@
     python -m tools.demo                                        one run
     python -m tools.demo --compare-with=data/trained/softmax    softmax only beside it, on the left
 
-The page shows the embeddings of the validation images, where the drawing lies among them, its
+The page shows the embeddings of the test images, where the drawing lies among them, its
 probability of each class, its distance to each center, and whether it is like none of the classes:
 farther from every center than 99% of the validation images are from their own. Its address is
 printed; it is served to this machine alone, until Ctrl-C.
@@ -16,7 +16,6 @@ from base64 import b64encode
 from collections.abc import Sequence
 import os
 from pathlib import Path
-import sys
 import threading
 import webbrowser
 
@@ -65,7 +64,7 @@ class Panel:
         self.embedder = embedder
         prefix = embedder.checkpoints.prefix
         starts = range(0, len(images), CHUNK)
-        progress = tqdm(starts, str(prefix), leave=False, disable=None if sys.stderr else True)
+        progress = tqdm(starts, str(prefix), leave=False, disable=None)
         embedded = [embedder(images[i : i + CHUNK]) for i in progress]
         embeddings = np.concatenate([part.embeddings for part in embedded])
         if embeddings.shape[1] < 2:
@@ -74,7 +73,7 @@ class Panel:
         self.plane = viewing_plane(embeddings)
         caption = [
             f'{prefix}, epoch {embedder.epoch}: accuracy {self.is_correct.mean():.2%} on '
-            f'{len(labels):,} validation images of {dataset}.'
+            f'{len(labels):,} test images of {dataset}.'
         ]
         if embeddings.shape[1] > 2:
             caption.append(f'Shown are {" and ".join(self.plane.names)}.')
@@ -117,15 +116,21 @@ class Demo:
     def __init__(self, embedders: Sequence[Embedder], digits: data.Digits):
         first = embedders[0]
         index = np.flatnonzero(np.isin(digits.val_labels, first.labels))
+        if not len(index):
+            raise InputError(
+                f'{digits.dataset} has no image of the classes of {first.checkpoints.prefix}: '
+                'choose its data with --dataset or --data-dir'
+            )
         images = digits.val_images[index]
         position = {label: i for i, label in enumerate(first.labels)}
         labels = np.array([position[label] for label in digits.val_labels[index].tolist()])
         for run in embedders:
             if run.image_shape != images.shape[1:] or run.class_names != first.class_names:
                 raise InputError(
-                    f'{run.checkpoints.prefix} was trained on images of another size or on other '
-                    f'classes than those of {digits.dataset}: choose its data with --dataset or '
-                    '--data-dir, and compare runs on the same classes'
+                    f'{run.checkpoints.prefix} was trained on images of another size than those '
+                    f'of {digits.dataset}, or on other classes than {first.checkpoints.prefix}: '
+                    'choose its data with --dataset or --data-dir, and compare runs on the same '
+                    'classes'
                 )
         colors = distinct_colors(len(first.class_names))
         names = panel_names([run.checkpoints.prefix for run in embedders])

@@ -28,7 +28,6 @@ from common.embedder import Embedder, choose_run
 from common.errors import InputError
 from common.evaluation import center_loss_weight
 from common.files import replace_when_whole
-from common.idx import printable
 from common.log_file import log_to_stderr
 
 OPSET = 13  # the newest that MXNet's converter knows; it would claim that of the installed onnx
@@ -140,9 +139,9 @@ def check_output(output: Path) -> None:
     problem = None
     if output.suffix == '.onnx':
         problem = 'leave out .onnx, which is added'
-    elif output.is_dir():
+    elif os.path.isdir(output):
         problem = 'it is a folder, and has to be the beginning of a file name'
-    elif not output.parent.is_dir():
+    elif not os.path.isdir(output.parent):
         problem = f'there is no folder {output.parent}'
     elif folders:
         problem = f'{folders[0]} is a folder'
@@ -168,12 +167,12 @@ def main(argv: Sequence[str] = ()) -> None:
     with log_to_stderr():
         embedder = Embedder(choose_run(args.model_prefix), args.epoch)
     network, path = inference_network(embedder), Path(f'{args.output}.onnx')
-    print(printable(embedder.description))
+    print(embedder.description)
     try:
         written = write_mxnet(*network, args.output)
-        print(printable(f'wrote {written} for MXNet'))
+        print(f'wrote {written} for MXNet')
         write_onnx(*network, embedder, path)
-        print(printable(f'wrote {path} for ONNX'))
+        print(f'wrote {path} for ONNX')
     except OSError as error:
         raise InputError(f'cannot write to --output={args.output}: {error.strerror}') from None
 

@@ -175,7 +175,8 @@ class TrainingProcess:
     def __call__(self) -> None:
         """Let it train once."""
         self.process.send_signal(signal.SIGCONT)
-        print(file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # where it has ended, there is no answer either
+            os.write(self.process.stdin.fileno(), b'\n')
         if not self.process.stdout.readline():
             raise Failure(f'python {" ".join(self.process.args[1:])} has failed')
         self.process.send_signal(signal.SIGSTOP)

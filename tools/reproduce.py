@@ -26,6 +26,7 @@ import sys
 
 from common.environment import available_cpus
 from common.command_line import ArgumentParser, number, run_script
+from common.errors import InputError
 from common.files import replace_when_whole
 from common.pictures import picture_style, save_picture
 from data import DATASETS, load_digits
@@ -113,7 +114,6 @@ def path_of(folder: Path, file: str, dataset: str) -> Path:
 
 def draw(args: argparse.Namespace, runs: Runs) -> None:
     """Draw the pictures of the chosen parts, and print the command of each that vis.py draws."""
-    args.images.mkdir(parents=True, exist_ok=True)
     for part, file, options in PICTURES:
         if part in args.only:
             option = '--animate' if file.endswith('.gif') else '--output'
@@ -175,6 +175,11 @@ def main(argv: Sequence[str] = ()) -> None:
     args = parser.parse_args(list(argv))
     args.only = args.only or DATASET_PARTS.get(args.dataset, MNIST_PARTS)
     args.work = args.work or path_of(Path(), 'reproduction', args.dataset)
+    for folder in filter(None, (args.images, args.tables)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f'cannot write to {folder}: {error.strerror}') from None
 
     needed = {name for part in args.only for name in PARTS[part].runs()}
     runs = {
@@ -196,7 +201,6 @@ def main(argv: Sequence[str] = ()) -> None:
         table = make_table(part, runs, args, command)
         print(f'\n{part}\n\n{render(table)}', end='')
         if args.tables:
-            args.tables.mkdir(parents=True, exist_ok=True)
             with replace_when_whole(path_of(args.tables, f'{part}.json', args.dataset)) as path:
                 path.write_text(json.dumps(table, indent=1) + '\n')
     if args.images:

@@ -64,7 +64,7 @@ class Run:
 
     def result(self) -> dict | None:
         """Return what :meth:`measure` has found, or {'failure': message}; None if unfinished."""
-        if not self.record.exists():
+        if not os.path.exists(self.record):
             return None
         record = json.loads(self.record.read_text())
         if record['command'] != self.command:
@@ -148,7 +148,10 @@ def common_options(args: argparse.Namespace) -> list[str]:
     """Return the options of train.py that are the same in all runs, except for the data."""
     limits = {'--num-epochs': args.num_epochs, '--num-examples': args.num_examples}
     given = [f'{option}={limit}' for option, limit in limits.items() if limit]
-    return [*given, *shlex.split(args.options)]
+    try:
+        return [*given, *shlex.split(args.options)]
+    except ValueError as error:
+        raise InputError(f'--options={args.options}: {error}') from None
 
 
 def data_options(args: argparse.Namespace) -> list[str]:
@@ -158,17 +161,9 @@ def data_options(args: argparse.Namespace) -> list[str]:
 
 
 @functools.cache
-def steps_per_epoch(batch_size: int, dataset: str, data_dir: str | None, *options: object) -> float:
+def steps_per_epoch(batch_size: int, **options: object) -> float:
     """Return the number of steps; validation, forward only, counts a third of a training step."""
-    num_examples, num_classes, classes = options
-    train, val = mnist_iterator(
-        batch_size,
-        dataset=dataset,
-        data_dir=data_dir,
-        num_examples=num_examples,
-        num_classes=num_classes,
-        classes=classes,
-    )
+    train, val = mnist_iterator(batch_size, **options)
     return train.num_batches + val.num_batches / 3
 
 
@@ -190,10 +185,10 @@ def estimate(runs: Sequence[Run], jobs: int, threads: int) -> float:
             with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
                 printed = [pool.submit(measure) for _ in range(jobs)]
             measured[network] = statistics.mean(float(future.result()) for future in printed)
-        steps = steps_per_epoch(
-            *(args.batch_size, args.dataset, args.data_dir, args.num_examples, args.num_classes),
-            tuple(args.classes) if args.classes else None,
-        )
+        names = ('dataset', 'data_dir', 'num_examples', 'num_classes')
+        images = {name: getattr(args, name) for name in names}
+        images['classes'] = args.classes and tuple(args.classes)
+        steps = steps_per_epoch(args.batch_size, **images)
         work.append(run.epochs_left() * steps * measured[network])
     return max(sum(work) / jobs, max(work, default=0))
 

@@ -22,6 +22,7 @@ from common.environment import THREADS_CHOSEN_BY_USER
 from common.command_line import ArgumentParser, number, run_script
 from common.errors import InputError
 from common.files import replace_when_whole
+from common.pictures import check_output
 from common.versions import versions
 from data import load_digits
 from tools.benchmark_torch import image_tensor, label_tensor, lenet, masked_loss, torch
@@ -91,6 +92,8 @@ def main(argv: Sequence[str] = ()) -> None:
     parser.add_argument('--seed', type=number(int, minimum=0), default=0, help='of PyTorch')
     parser.add_argument('--tables', type=Path, metavar='DIR', help='write DIR/pytorch.json')
     args = parser.parse_args(list(argv))
+    if args.tables:
+        check_output(args.tables / 'pytorch.json', '--tables', ['json'])
     if torch is None:
         raise InputError('PyTorch is not installed: pip install torch')
     threads = os.environ['OMP_NUM_THREADS'] if THREADS_CHOSEN_BY_USER else '1'
@@ -106,6 +109,9 @@ def main(argv: Sequence[str] = ()) -> None:
         print(
             f'epoch {len(course)}: {seconds[-1]:.1f} s, test accuracy {course[-1]:.2%}', flush=True
         )
+    command = f'python -m tools.torch_recipe --dataset={args.dataset} --seed={args.seed}'
+    if args.num_epochs != parser.get_default('num_epochs'):
+        command += f' --num-epochs={args.num_epochs}'
     run = {'seed': args.seed, 's/epoch': statistics.median(seconds), 'course': course}
     row = {'title': 'PyTorch, softmax + center loss', 'options': [''], 'runs': [run]}
     made_by = {
@@ -114,7 +120,7 @@ def main(argv: Sequence[str] = ()) -> None:
     }
     table = {
         'kind': 'convergence',
-        'command': f'python -m tools.torch_recipe --dataset={args.dataset} --seed={args.seed}',
+        'command': command,
         'made_by': [made_by],
         'compare': [],
         'rows': [row],
