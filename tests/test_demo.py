@@ -46,7 +46,9 @@ def demo(digits):
 
 
 def serve(demo, port=0):
-    return Server(PAGE.read_text(encoding='utf-8'), demo.scene, demo.answer, SIDE * SIDE, port)
+    server = Server(PAGE.read_text(encoding='utf-8'), SIDE * SIDE, port)
+    server.show(demo.scene, demo.answer)
+    return server
 
 
 @pytest.fixture(scope='module')
@@ -226,9 +228,10 @@ def test_nothing_else_is_there(server, method, path, status):
     assert ask(server, method, path)[0] == status
 
 
-def test_taken_port_is_named(server, demo):
+def test_taken_port_is_named(server):
+    """Before the run is loaded."""
     with pytest.raises(InputError, match=f'--port={server.server_port} cannot be used'):
-        serve(demo, server.server_port)
+        main([f'--port={server.server_port}', '--model-prefix=missing'])
 
 
 def test_browser_is_opened(monkeypatch, capsys):

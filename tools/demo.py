@@ -205,14 +205,14 @@ def load_data(embedder: Embedder, args: argparse.Namespace) -> data.Digits:
 def main(argv: Sequence[str] = ()) -> None:
     """Serve the page until Ctrl-C; raise InputError for a mistake."""
     args = parse_args(argv)
-    with log_to_stderr():
-        embedders = [Embedder(choose_run(args.model_prefix), args.epoch)]
-        if args.compare_with is not None:
-            embedders.insert(0, Embedder(args.compare_with))
-        print(*(embedder.description for embedder in embedders), sep='\n')
-        demo = Demo(embedders, load_data(embedders[-1], args))
-    page = PAGE.read_text(encoding='utf-8')
-    with Server(page, demo.scene, demo.answer, SIDE * SIDE, args.port or 0) as server:
+    with Server(PAGE.read_text(encoding='utf-8'), SIDE * SIDE, args.port or 0) as server:
+        with log_to_stderr():
+            embedders = [Embedder(choose_run(args.model_prefix), args.epoch)]
+            if args.compare_with is not None:
+                embedders.insert(0, Embedder(args.compare_with))
+            print(*(embedder.description for embedder in embedders), sep='\n')
+            demo = Demo(embedders, load_data(embedders[-1], args))
+        server.show(demo.scene, demo.answer)
         print(f'draw at {server.url}, end with Ctrl-C', flush=True)
         # Without a display, Python would open a browser in the terminal.
         if not args.no_browser and {'DISPLAY', 'WAYLAND_DISPLAY', 'BROWSER'} & {*os.environ}:

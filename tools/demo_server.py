@@ -24,38 +24,23 @@ POLICY = (
 class Server(ThreadingHTTPServer):
     """Serves a page on 127.0.0.1: GET / and /scene, POST /embed with a drawing.
 
+    It takes its port at once, and serves what :meth:`show` has given it.
+
     Parameters
     ----------
     page
         HTML with one script and one style element, the only ones that a browser will run.
-    scene
-        What the page shows, as JSON has it.
-    answer
-        ``answer(pixels)`` returns what the page shows of a drawing. It is called in one thread
-        only: an Embedder is not made for several, and MXNet keeps memory for every thread that has
-        ever called it. Its InputError is sent to the page.
     drawing_size
         Bytes of a drawing; any other number is refused unread.
     port
         Port to listen on; 0 is a free one. ``url`` has the address of the page.
     """
 
-    def __init__(
-        self,
-        page: str,
-        scene: dict,
-        answer: Callable[[bytes], dict],
-        drawing_size: int,
-        port: int = 0,
-    ):
+    def __init__(self, page: str, drawing_size: int, port: int = 0):
         inline = re.findall(r'<(script|style)>(.*?)</\1>', page, re.S)
         hashes = {tag: hashlib.sha256(content.encode()).digest() for tag, content in inline}
         self.policy = POLICY.format(**{tag: b64encode(h).decode() for tag, h in hashes.items()})
-        self.contents = {
-            '/': ('text/html; charset=utf-8', page.encode()),
-            '/scene': ('application/json', json.dumps(scene).encode()),
-        }
-        self.answer = answer
+        self.contents = {'/': ('text/html; charset=utf-8', page.encode())}
         self.answering = ThreadPoolExecutor(max_workers=1)
         self.drawing_size = drawing_size
         try:
@@ -66,6 +51,16 @@ class Server(ThreadingHTTPServer):
             ) from None
         self.hosts = [f'{name}:{self.server_port}' for name in ('127.0.0.1', 'localhost')]
         self.url = f'http://{self.hosts[0]}/'
+
+    def show(self, scene: dict, answer: Callable[[bytes], dict]) -> None:
+        """Set what the page shows, as JSON has it, and what it says of a drawing.
+
+        ``answer(pixels)`` is called in one thread only: an Embedder is not made for several, and
+        MXNet keeps memory for every thread that has ever called it. Its InputError is sent to the
+        page.
+        """
+        self.contents['/scene'] = ('application/json', json.dumps(scene).encode())
+        self.answer = answer
 
     def handle_error(self, request: socket.socket, client_address: tuple[str, int]) -> None:
         """Report an error, but not that a browser has gone away."""
