@@ -143,7 +143,8 @@ PARTS = {
         RECIPE_ROWS,
         compare=[
             *((f'{title}, {CENTER}', f'{title}, {SOFTMAX}') for title in RECIPES),
-            *((f'the recipe, {CENTER}', f'{title}, {CENTER}') for title in [*RECIPES][1:]),
+            (f'the recipe, {CENTER}', f'random initial embedding, {CENTER}'),
+            (f'20 epochs, {CENTER}', f'the recipe, {CENTER}'),
         ],
     ),
     'dimension': Part(
