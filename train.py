@@ -295,8 +295,8 @@ def parse_args(argv: Sequence[str] = ()) -> argparse.Namespace:
         '--network',
         choices=['lenet', 'lenet++'],
         default='lenet',
-        help="lenet++ is the paper's network for its figures: six convolutions with PReLU, some "
-        'fifteen times the time',
+        help="lenet++ is the paper's network for its figures: six convolutions with PReLU, which "
+        'take some fifteen times as long',
     )
     objective.add_argument(
         '--embedding-dim',

@@ -42,6 +42,7 @@ from tools.measuring import (
     Report,
     Training,
     TrainingProcess,
+    add_only,
     processor,
     run_python,
 )
@@ -378,13 +379,7 @@ def main(argv: Sequence[str] = ()) -> None:
     )
     add = parser.add_argument
     add('--data-dir', type=Path, metavar='DIR', help='folder of the IDX files for train.py, vis.py')
-    add(
-        '--only',
-        nargs='+',
-        choices=list(PARTS),
-        metavar='PART',
-        help=f'measure these parts: {", ".join(PARTS)} (default: all)',
-    )
+    add_only(parser, PARTS)
     add('--rounds', type=number(int, minimum=1), default=MAX_ROUNDS, help='to take fewer rounds')
     add('--json', type=Path, metavar='FILE', help='write the table to this file')
     add('--part', choices=list(PARTS), help='measure in this process and print JSON')

@@ -25,7 +25,7 @@ from common.environment import THREADS_CHOSEN_BY_USER, mx
 from common.command_line import ArgumentParser, run_script
 from common.module import Module
 from data import mnist_iterator
-from tools.measuring import LABELS, ROOT, run_python
+from tools.measuring import LABELS, ROOT, add_only, run_python
 from train import INITIALIZERS, get_symbol
 
 
@@ -185,13 +185,7 @@ def main(argv: Sequence[str] = ()) -> None:
         prog='python -m tools.benchmark_devices',
         description='Measure several devices and workers on the CPU.',
     )
-    parser.add_argument(
-        '--only',
-        nargs='+',
-        choices=list(PARTS),
-        metavar='PART',
-        help=f'measure these parts: {", ".join(PARTS)} (default: all)',
-    )
+    add_only(parser, PARTS)
     for part in parser.parse_args(list(argv)).only or PARTS:
         PARTS[part]()
 

@@ -1,6 +1,7 @@
 """What the benchmarks share: interleaved variants, training steps, and processes to compare."""
 
-from collections.abc import Callable, Sequence
+import argparse
+from collections.abc import Callable, Iterable, Sequence
 import contextlib
 import itertools
 import os
@@ -140,6 +141,17 @@ def step_seconds(network: str, batch_size: int) -> float:
         training()
         steps += 1
     return (time.perf_counter() - begin) / steps
+
+
+def add_only(parser: argparse.ArgumentParser, parts: Iterable[str], default: str = 'all') -> None:
+    """Add the option --only, which names some of the parts of a program."""
+    parser.add_argument(
+        '--only',
+        nargs='+',
+        choices=list(parts),
+        metavar='PART',
+        help=f'take these parts only: {", ".join(parts)} (default: {default})',
+    )
 
 
 class TrainingProcess:

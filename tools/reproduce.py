@@ -40,7 +40,7 @@ from tools.experiments import (
     REFERENCE,
     RUNS,
 )
-from tools.measuring import ROOT
+from tools.measuring import ROOT, add_only
 from tools.runs import Run, common_options, data_options, train_all
 from tools.table_kinds import render
 
@@ -155,13 +155,7 @@ def main(argv: Sequence[str] = ()) -> None:
     add('--work', type=Path, metavar='DIR', help='folder of the runs (default: by dataset)')
     add('--images', type=Path, metavar='DIR', help='draw the pictures in this folder')
     add('--tables', type=Path, metavar='DIR', help='write a JSON file for each part to this folder')
-    add(
-        '--only',
-        nargs='+',
-        choices=list(PARTS),
-        metavar='PART',
-        help=f'make these parts: {", ".join(PARTS)} (default: by dataset)',
-    )
+    add_only(parser, PARTS, default='by dataset')
     add('--seeds', type=count, help='train every run with the seeds 0 to N-1 (default: 1, 3 or 5)')
     add('--jobs', type=count, default=available_cpus(), help='train N runs side by side')
     add('--num-epochs', type=count, help='of the runs that do not name it (default: by recipe)')

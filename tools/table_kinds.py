@@ -63,6 +63,11 @@ def options_of(row: dict) -> str:
     return f'`{" ".join(shared)}`' if shared else ''
 
 
+def options_by_row(table: dict) -> str:
+    """Return a line with the options of each row, for a table that has no column of them."""
+    return '- options: ' + '; '.join(f'{row["title"]} {options_of(row)}' for row in table['rows'])
+
+
 def results_table(
     table: dict, columns: Sequence[str] = SEEN, listed: str = 'accuracy'
 ) -> list[str]:
@@ -140,7 +145,7 @@ def original_table(table: dict) -> list[str]:
             theirs = f'{original[epoch]:.1%}' if epoch in original else ''
             cells += [f'{statistics.mean(ours):.1%}' if ours else '', span, theirs]
         rows.append(cells)
-    return markdown(head, rows)
+    return [*markdown(head, rows), options_by_row(table)]
 
 
 def epochs_to(level: float, course: Sequence[float]) -> float:
@@ -230,6 +235,7 @@ def arrangement_table(table: dict) -> list[str]:
     count = sum(table['reference']['confusions'].values())
     return [
         *markdown(['', 'seed', 'confusions between neighbors', 'test accuracy'], rows),
+        options_by_row(table),
         f'- rank correlation of the two columns over {len(rows)} runs: {overall}; of their '
         f'differences to the means of the same objective and start: {in_row}',
         f'- reference: the {count} confusions of `{table["reference"]["options"]}`, seeds '
@@ -246,9 +252,6 @@ KINDS: dict[str, Callable[[dict], list[str]]] = {
 }
 
 
-WITHOUT_OPTIONS = ('original', 'arrangement')  # the tables that have no column of them
-
-
 def machine(made: dict) -> str:
     """Return on what a table was made."""
     count, kind = made['processor'].split(' of ', 1)
@@ -261,10 +264,7 @@ def render(table: dict) -> str:
     """Return Markdown of a table, with the command that makes it and the machine."""
     made_by = '; '.join(dict.fromkeys(map(machine, table['made_by'])))
     made_of = ''
-    if 'options' in table and table['kind'] in WITHOUT_OPTIONS:
-        rows = (f'{row["title"]}, {options_of(row)}' for row in table['rows'])
-        made_of = f' Every run is `{table["options"]}` with: {"; ".join(rows)}.'
-    elif 'options' in table:
+    if 'options' in table:
         made_of = f' Every run is `{table["options"]}` and the options of its row.'
     found = KINDS[table['kind']](table)
     spread = ' ± is the standard deviation over seeds.' if '±' in ''.join(found) else ''
