@@ -57,7 +57,7 @@ RUNS = {
     },
 }
 # By default; three of all others. Any two seeds are independent.
-FIVE_SEEDS = [*OBJECTIVE_RUNS, 'original-softmax', 'original']
+FIVE_SEEDS = [*OBJECTIVE_RUNS, 'original-softmax', 'original', 'longer-dim-10']
 FIVE_SEEDS += [f'{kind}-{name}' for kind in ('random', 'longer') for name in OBJECTIVES]
 NUM_SEEDS = {**dict.fromkeys(FIVE_SEEDS, 5), **{f'paper-{value}': 1 for value in LAMBDAS}}
 ANIMATED = 'lambda-1'  # with seed 0
