@@ -34,6 +34,7 @@ RUNS = {
     'softmax': OBJECTIVES['softmax'],
     **{f'lambda-{value}': f'--center-loss-weight={value}' for value in LAMBDAS[1:-1]},
     'lambda-1': JOINT,
+    'dim-10-softmax': f'{OBJECTIVES["softmax"]} --embedding-dim=10',
     'dim-10': f'{JOINT} --embedding-dim=10',
     'longer-dim-10': f'--num-epochs=20 {JOINT} --embedding-dim=10',
     **{f'alpha-{alpha}': f'{JOINT} --alpha={alpha}' for alpha in ('0.01', '0.1', '1')},
@@ -150,10 +151,12 @@ PARTS = {
     'dimension': Part(
         {
             CENTER: ['lambda-1'],
+            f'{SOFTMAX}, 10-D': ['dim-10-softmax'],
             f'{CENTER}, 10-D': ['dim-10'],
             f'{CENTER}, 10-D, 20 epochs': ['longer-dim-10'],
         },
         compare=[
+            (f'{CENTER}, 10-D', f'{SOFTMAX}, 10-D'),
             (f'{CENTER}, 10-D', CENTER),
             (f'{CENTER}, 10-D, 20 epochs', f'{CENTER}, 10-D'),
         ],
