@@ -98,15 +98,19 @@ class Digits(NamedTuple):
     source: str
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--dataset`` and ``--data-dir``."""
+def add_data_arguments(parser: argparse.ArgumentParser, of_run: bool = False) -> None:
+    """Declare ``--dataset`` and ``--data-dir``, which :func:`load_digits` takes.
+
+    ``of_run`` is for a program that shows a trained network, see :func:`load_digits_of_run`.
+    """
     group = parser.add_argument_group('data')
+    auto = 'the data set of the run; mnist' if of_run else 'mnist'
     group.add_argument(
         '--dataset',
         choices=['auto', *DATASETS],
         default='auto',
-        help='auto: mnist where it is found or can be downloaded, else mnist-5k, the 5,000 digits '
-        'that come with the program; with --data-dir, whatever is there',
+        help=f'auto: {auto} where it is found or can be downloaded, else mnist-5k, the 5,000 '
+        'digits that come with the program; with --data-dir, whatever is there',
     )
     group.add_argument(
         '--data-dir',
@@ -408,6 +412,27 @@ def load_digits(dataset: str = 'auto', data_dir: str | os.PathLike | None = None
         f'digits. For all of them, {what_to_do}'
     )
     return read_folder(FOLDER / 'mnist-5k', 'mnist-5k')
+
+
+def load_digits_of_run(
+    run: str,
+    trained_on: str | None,
+    dataset: str = 'auto',
+    data_dir: str | os.PathLike | None = None,
+) -> Digits:
+    """Read the data that a command line names, else those that a run was trained on.
+
+    Where that was MNIST and it is not found, the embedded digits take its place. A run of an
+    earlier version does not know its data (None): they are taken for MNIST. ``run`` is its name
+    in the InputError where the data have to be named.
+    """
+    if dataset == 'auto' and data_dir is None and trained_on not in (None, 'mnist'):
+        dataset = trained_on
+        if dataset == 'custom':
+            raise InputError(
+                f'{run} was trained on data of your own: name their folder with --data-dir'
+            )
+    return load_digits(dataset, data_dir)
 
 
 def read_folder(folder: Path, name: str | None) -> Digits:

@@ -453,11 +453,14 @@ def main(argv: Sequence[str] = ()) -> None:
     )
     if module.validation_scores:
         images = 'test' if args.validate_on == 'test' else 'held-out training'
-        prefix = args.save_model_prefix
-        shown = '' if prefix == 'center_loss' else f' --model-prefix={shlex.quote(prefix)}'
+        draw = ['python', 'vis.py']
+        if args.save_model_prefix != 'center_loss':
+            draw.append(f'--model-prefix={args.save_model_prefix}')
+        if args.data_dir is not None:
+            draw.append(f'--data-dir={args.data_dir}')
         print(
             f'accuracy on the {images} images {module.validation_scores["accuracy"]:.2%}; '
-            f'python vis.py{shown} draws the embeddings'
+            f'{shlex.join(draw)} draws the embeddings'
         )
 
 

@@ -304,7 +304,7 @@ def animate(panels: Sequence[Panel], class_names: Sequence[str], path: Path) -> 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; raise InputError for a mistake."""
     parser = ArgumentParser(description=__doc__)
-    data.add_data_arguments(parser)
+    data.add_data_arguments(parser, of_run=True)
     parser.add_argument(
         '--model-prefix',
         default='center_loss',
@@ -430,12 +430,16 @@ def main(argv: Sequence[str] = ()) -> None:
             # Before the digits are searched for: the first thing to go wrong is a missing run.
             runs = choose_runs(args)
             names = panel_names([prefix for prefix, _ in runs])
-            digits = data.load_digits(args.dataset, args.data_dir)
             checkpoints = {prefix: Checkpoints(prefix) for prefix, _ in runs}
+            trained_on = {
+                prefix: checkpoints[prefix].load_inference(epoch).get('dataset')
+                for prefix, epoch in dict(runs).items()
+            }
+            last, _ = runs[-1]
+            digits = data.load_digits_of_run(last, trained_on[last], args.dataset, args.data_dir)
             for prefix, epoch in dict(runs).items():
-                facts = checkpoints[prefix].load_inference(epoch)
                 path = checkpoints[prefix].params_path(epoch)
-                warn_of_other_data(path, facts.get('dataset'), digits.dataset)
+                warn_of_other_data(path, trained_on[prefix], digits.dataset)
             if args.images:
                 embedder = Embedder(*runs[-1])
                 own = load_images(args.images, embedder.dataset, embedder.image_shape)

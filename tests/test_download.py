@@ -19,7 +19,7 @@ import pytest
 from common import download as download_module
 from common.errors import InputError
 import data
-from data import FILES, load_digits
+from data import FILES, load_digits, load_digits_of_run
 
 SAMPLE = Path(__file__).resolve().parent.parent / 'data' / 'mnist-5k'
 BODIES = {f'{file}.gz': (SAMPLE / f'{file}.gz').read_bytes() for file in FILES}
@@ -458,6 +458,20 @@ def test_debian_package_comes_before_a_download(empty_machine, monkeypatch):
         assert digits.source == str(data.DEBIAN_FOLDERS['fashion-mnist'])
         assert digits.class_names[9] == 'Ankle boot'
         assert server.requests == []
+
+
+def test_data_of_a_run(empty_machine):
+    """A trained network is shown the data that it was trained on, unless others are named."""
+    write_set(data.DEBIAN_FOLDERS['fashion-mnist'])
+    assert load_digits_of_run('run', 'fashion-mnist').dataset == 'fashion-mnist'
+    assert load_digits_of_run('run', 'mnist-5k').dataset == 'mnist-5k'
+    for trained_on in 'mnist', None:  # of MNIST, which is not there, its sample
+        assert load_digits_of_run('run', trained_on).dataset == 'mnist-5k'
+    assert load_digits_of_run('run', 'fashion-mnist', 'mnist-5k').dataset == 'mnist-5k'
+    with pytest.raises(InputError, match='run was trained on data of your own: .* --data-dir'):
+        load_digits_of_run('run', 'custom')
+    folder = data.FOLDER / 'mnist-5k'
+    assert load_digits_of_run('run', 'custom', data_dir=folder).source == str(folder)
 
 
 @pytest.mark.parametrize('dataset', ['mnist', 'fashion-mnist'])

@@ -217,7 +217,8 @@ def test_own_data(main, network, features, tmp_path):
     """Images of 32 x 32 pixels and 47 classes, as those of EMNIST's balanced set."""
     write_idx(tmp_path, 32, 47)
     line = [f'--data-dir={tmp_path}', '--batch-size=47', f'--network={network}']
-    main(*line, '--num-epochs=1')
+    said = main(*line, '--num-epochs=1').out
+    assert said.endswith(f'; python vis.py --data-dir={tmp_path} draws the embeddings\n')
     params = saved_params('center_loss', 1)
     assert params['fc2_weight'].shape == params['center_loss_center_bias'].shape == (47, 2)
     wide = 'fc1_weight' if network == 'lenet' else 'embedding_weight'
@@ -226,6 +227,8 @@ def test_own_data(main, network, features, tmp_path):
     assert (facts['dataset'], facts['image_shape']) == ('custom', [32, 32])
     assert facts['class_names'] == [str(label) for label in range(47)]
     vis.main([f'--data-dir={tmp_path}'])
+    with pytest.raises(InputError, match='center_loss was trained on data of your own: name their'):
+        vis.main()
     main(*line, '--num-epochs=2', '--resume')
     assert 'resuming with' not in Path('log.txt').read_text()
     with pytest.raises(InputError, match='custom has the classes 0 to 46, and no class 47'):

@@ -168,7 +168,7 @@ def _base64(content):
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; raise InputError for a mistake."""
     parser = ArgumentParser(prog='python -m tools.demo', description=__doc__)
-    data.add_data_arguments(parser)
+    data.add_data_arguments(parser, of_run=True)
     add_run_arguments(parser)
     parser.add_argument(
         '--compare-with',
@@ -189,19 +189,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_data(embedder: Embedder, args: argparse.Namespace) -> data.Digits:
-    """Return the data that the command line names, or else those of the run."""
-    dataset = args.dataset
-    if dataset == 'auto' and args.data_dir is None and embedder.dataset not in HANDWRITTEN:
-        dataset = embedder.dataset
-        if dataset == 'custom':
-            raise InputError(
-                f'{embedder.checkpoints.prefix} was trained on data of your own: name their folder '
-                'with --data-dir'
-            )
-    return data.load_digits(dataset, args.data_dir)
-
-
 def main(argv: Sequence[str] = ()) -> None:
     """Serve the page until Ctrl-C; raise InputError for a mistake."""
     args = parse_args(argv)
@@ -211,7 +198,11 @@ def main(argv: Sequence[str] = ()) -> None:
             if args.compare_with is not None:
                 embedders.insert(0, Embedder(args.compare_with))
             print(*(embedder.description for embedder in embedders), sep='\n')
-            demo = Demo(embedders, load_data(embedders[-1], args))
+            shown = embedders[-1]
+            digits = data.load_digits_of_run(
+                shown.checkpoints.prefix, shown.dataset, args.dataset, args.data_dir
+            )
+            demo = Demo(embedders, digits)
         server.show(demo.scene, demo.answer)
         print(f'draw at {server.url}, end with Ctrl-C', flush=True)
         # Without a display, Python would open a browser in the terminal.
