@@ -41,7 +41,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import ctypes
 import math
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import mxnet as mx
 import numpy as np
@@ -76,7 +76,14 @@ class CenterLoss(mx.operator.CustomOp):
         self.out_grad = out_grad
         self.difference = None  # x - c_y in the last forward, before it moved the centers
 
-    def forward(self, is_train, req, in_data, out_data, aux):
+    def forward(
+        self,
+        is_train: bool,
+        req: list[str],
+        in_data: list[mx.nd.NDArray],
+        out_data: list[mx.nd.NDArray],
+        aux: list[mx.nd.NDArray],
+    ) -> None:
         """Write the loss of every sample, (B,); in training, move the centers."""
         data, label, centers = map(memory_view, [*in_data, *aux])  # (B, d), (B,), (K, d)
         classes = _check_labels(label, self.num_class)
@@ -87,7 +94,15 @@ class CenterLoss(mx.operator.CustomOp):
             if is_train:
                 self._move_centers(classes, centers)
 
-    def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
+    def backward(
+        self,
+        req: list[str],
+        out_grad: list[mx.nd.NDArray],
+        in_data: list[mx.nd.NDArray],
+        out_data: list[mx.nd.NDArray],
+        in_grad: list[mx.nd.NDArray],
+        aux: list[mx.nd.NDArray],
+    ) -> None:
         """Write the gradient of the embeddings, (B, d); labels have none."""
         with np.errstate(over='ignore', invalid='ignore'):
             gradient = self.factor * self.difference
@@ -122,7 +137,14 @@ class CenterLossGPU(CenterLoss):
     and it moves no center.
     """
 
-    def forward(self, is_train, req, in_data, out_data, aux):
+    def forward(
+        self,
+        is_train: bool,
+        req: list[str],
+        in_data: list[mx.nd.NDArray],
+        out_data: list[mx.nd.NDArray],
+        aux: list[mx.nd.NDArray],
+    ) -> None:
         """Write the loss of every sample, (B,); in training, move the centers."""
         data, label, centers = *in_data, *aux  # (B, d), (B,), (K, d)
         label = label.astype('float64')  # exact for every type that a label may have
@@ -144,7 +166,15 @@ class CenterLossGPU(CenterLoss):
             centers[classes] = mx.nd.take(centers, classes) + self.alpha * step
         self.difference = difference
 
-    def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
+    def backward(
+        self,
+        req: list[str],
+        out_grad: list[mx.nd.NDArray],
+        in_data: list[mx.nd.NDArray],
+        out_data: list[mx.nd.NDArray],
+        in_grad: list[mx.nd.NDArray],
+        aux: list[mx.nd.NDArray],
+    ) -> None:
         """Write the gradient of the embeddings, (B, d); labels have none."""
         gradient = self.factor * self.difference
         if self.out_grad:
@@ -261,7 +291,13 @@ class CenterLossProp(mx.operator.CustomOpProp):
     """
 
     def __init__(
-        self, num_class='', alpha=0.5, scale=1, normalization='batch', out_grad=False, **unknown
+        self,
+        num_class: int | str = '',  # MXNet passes all of them as strings
+        alpha: float | str = 0.5,
+        scale: float | str = 1,
+        normalization: str = 'batch',
+        out_grad: bool | str = False,
+        **unknown: str,
     ):
         self.problem = None  # MXNet crashes when a constructor raises: infer_shape does
         number = self._number
@@ -297,7 +333,7 @@ class CenterLossProp(mx.operator.CustomOpProp):
         """Name the state: ``bias`` makes MXNet's initializers zero it."""
         return ['center_bias']
 
-    def infer_shape(self, in_shape):
+    def infer_shape(self, in_shape: list[list[int]]) -> tuple[list, list, list]:
         """Infer the shapes of labels, loss and centers from that of the embeddings."""
         if self.problem:
             raise ValueError(f'centerloss: {self.problem}')
@@ -305,13 +341,15 @@ class CenterLossProp(mx.operator.CustomOpProp):
         _check_shapes(data, label)
         return [data, label or data[:1]], [data[:1]], [[self.num_class, data[1]]]
 
-    def infer_type(self, in_type):
+    def infer_type(self, in_type: list[type | None]) -> tuple[list, list, list]:
         """Check the types; where no labels are given they are float32."""
         data, label = in_type
         _check_types(data, label)
         return [np.float32, label or np.float32], [np.float32], [np.float32]
 
-    def create_operator(self, ctx: mx.Context, in_shapes, in_dtypes) -> CenterLoss:
+    def create_operator(
+        self, ctx: mx.Context, in_shapes: list[list[int]], in_dtypes: list[type]
+    ) -> CenterLoss:
         """Create the form of the operator for a device."""
         form = CenterLossGPU if ctx.device_type == 'gpu' else CenterLoss
         batch_size = in_shapes[0][0] if self.normalization == 'batch' else 1
@@ -379,8 +417,14 @@ class CenterLossBlock(mx.gluon.HybridBlock):
                 _check_labels(label.asnumpy(), self.num_classes)
         return super().forward(embedding, label)
 
-    def hybrid_forward(self, F, embedding, label, centers):
-        """Compute the loss of arrays or symbols."""
+    def hybrid_forward(
+        self,
+        F: ModuleType,
+        embedding: mx.nd.NDArray | mx.sym.Symbol,
+        label: mx.nd.NDArray | mx.sym.Symbol,
+        centers: mx.nd.NDArray | mx.sym.Symbol,
+    ) -> mx.nd.NDArray | mx.sym.Symbol:
+        """Compute the loss of arrays or symbols, ``F`` being ``mx.nd`` or ``mx.sym``."""
         parameters = {'num_class': self.num_classes, 'alpha': self.alpha, 'normalization': 'null'}
         arrays = embedding, label, centers
         return F.Custom(*arrays, op_type='centerloss', out_grad=True, **parameters)
@@ -391,7 +435,12 @@ class _MeanOverImages(mx.metric.EvalMetric):
 
     names = ()  # by default: of the metric, its output and its label
 
-    def __init__(self, name=None, output_names=None, label_names=None):
+    def __init__(
+        self,
+        name: str | None = None,
+        output_names: Sequence[str] | None = None,
+        label_names: Sequence[str] | None = None,
+    ):
         metric, output, label = self.names
         outputs, labels = list(output_names or [output]), list(label_names or [label])
         super().__init__(name or metric, outputs, labels, has_global_stats=True)

@@ -378,7 +378,7 @@ def load_digits(dataset: str = 'auto', data_dir: str | os.PathLike | None = None
     Parameters
     ----------
     dataset
-        A name in ``DATASETS``. 'auto' is MNIST, with the embedded digits as the last resort; in a
+        A name in ``DATASETS``. 'auto' is MNIST, with the bundled digits as the last resort; in a
         ``data_dir``, whatever is there.
     data_dir
         Folder of the four IDX files, each as NAME.gz or NAME. Without it: ``data/<dataset>/``,
@@ -422,7 +422,7 @@ def load_digits_of_run(
 ) -> Digits:
     """Read the data that a command line names, else those that a run was trained on.
 
-    Where that was MNIST and it is not found, the embedded digits take its place. A run of an
+    Where that was MNIST and it is not found, the bundled digits take its place. A run of an
     earlier version does not know its data (None): they are taken for MNIST. ``run`` is its name
     in the InputError where the data have to be named.
     """

@@ -67,7 +67,9 @@ def plain_prelu(x: mx.sym.Symbol, slope: mx.sym.Symbol, channels: int, name: str
     return mx.sym.elemwise_add(rectified, negative, name=name)
 
 
-def lenet_plus_plus(image: mx.sym.Symbol, prelu=plain_prelu) -> mx.sym.Symbol:
+def lenet_plus_plus(
+    image: mx.sym.Symbol, prelu: Callable[..., mx.sym.Symbol] = plain_prelu
+) -> mx.sym.Symbol:
     """Return the features of the paper's Table 1: (B, 1, 28, 28) -> (B, 1152).
 
     The convolutions begin at the scale of He et al. (ICCV 2015) and the slopes of PReLU at 0.25,
@@ -339,8 +341,8 @@ def parse_args(argv: Sequence[str] = ()) -> argparse.Namespace:
         choices=['random', 'discriminants'],
         default=argparse.SUPPRESS,
         help="initial weights of the embedding: the initializer's, or the linear discriminants "
-        '(Fisher) of the features of some 5,000 training images, so that digits that look alike '
-        'begin as neighbors (default: by recipe)',
+        '(Fisher) of the features of some 5,000 training images, so that more of the digits that '
+        'look alike begin as neighbors (default: by recipe)',
     )
 
     add_training_arguments(parser)
@@ -393,7 +395,13 @@ def initializer_name(text: str) -> str:
     return text
 
 
-def start_workers(args, argv, load_data, devices, how_to_continue):
+def start_workers(
+    args: argparse.Namespace,
+    argv: Sequence[str],
+    load_data: Callable,
+    devices: Sequence[mx.Context],
+    how_to_continue: str,
+) -> None:
     """Check what every worker would check, then run the workers until all have finished."""
     checkpoints = Checkpoints(args.save_model_prefix)
     checkpoints.check_writable()

@@ -13,7 +13,7 @@ Approach for Deep Face Recognition, ECCV 2016. Below each panel stand the test a
 
     intra   mean over the images of the Euclidean distance of an embedding to its class's mean,
     inter   mean over the pairs of classes of the distance between their means,
-    ratio   intra / inter: the smaller, the better the classes are separated,
+    ratio   intra / inter: the smaller, the more compact the clusters are for their distance,
 
 measured in all d dimensions of the embedding. If d > 2, the picture shows the first two principal
 components.

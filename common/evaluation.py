@@ -23,7 +23,7 @@ class ClusterStatistics(NamedTuple):
     inter
         Mean over the pairs of classes of the distance between their means.
     ratio
-        intra / inter: the smaller, the better the classes are separated.
+        intra / inter: the smaller, the more compact the clusters are for their distance.
     """
 
     intra: float

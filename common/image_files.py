@@ -32,7 +32,7 @@ class OwnImages(NamedTuple):
     images
         uint8 (N, height, width), as the network takes them.
     num_inverted
-        How many had dark digits on a light ground.
+        How many had dark digits on a light background.
     failures
         A sentence for each file that could not be read.
     """

@@ -55,7 +55,7 @@ def prepare_digit(image: np.ndarray) -> np.ndarray:
     """Prepare a digit as MNIST's makers prepared theirs.
 
     It fits into a box of 20 x 20 pixels, with its center of mass at the middle of 28 x 28, and is
-    light on black: a dark digit on a light ground is inverted.
+    light on black: a dark digit on a light background is inverted.
 
     Parameters
     ----------

@@ -39,7 +39,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(int, minimum=1),
         default=argparse.SUPPRESS,
         metavar='N',
-        help='the last epoch, counted with those before --resume or --load-epoch (default: by '
+        help='number of the last epoch; those before --resume or --load-epoch count (default: by '
         'recipe)',
     )
     training.add_argument(
@@ -59,7 +59,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         '--wd',
         type=number(float, minimum=0, maximum=1e6),
         default=5e-4,
-        help='weight decay: the objective has wd / 2 ||w||^2 more; none on biases and centers',
+        help='weight decay: adds wd / 2 ||w||^2 to the objective; none on biases and centers',
     )
     training.add_argument(
         '--embedding-lr-mult',
@@ -154,8 +154,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         '--load-epoch',
         type=number(int, minimum=1, maximum=10**9),
         metavar='N',
-        help='continue at epoch N with the parameters that fit of that checkpoint of '
-        '--model-prefix; momentum begins at 0; beside --resume only where nothing can be resumed',
+        help='continue from the checkpoint of epoch N of --model-prefix, with the parameters that '
+        'fit; momentum begins at 0; beside --resume only where nothing can be resumed',
     )
     files.add_argument(
         '--model-prefix',

@@ -39,7 +39,7 @@ def small_network(embedding_dim=2, hidden=16, weight=0.1):
 
 
 def small_data(num_examples=1000, seed=0, **options):
-    """What ``fit`` takes: the first so many embedded digits, validated on the 1,000 others."""
+    """What ``fit`` takes: the first so many bundled digits, validated on the 1,000 others."""
     return functools.partial(
         data.mnist_iterator, dataset='mnist-5k', num_examples=num_examples, seed=seed, **options
     )

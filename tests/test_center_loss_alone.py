@@ -319,7 +319,6 @@ def test_gluon_page_prints_what_it_says(tmp_path):
     program, printed = re.search(r'```python\n(.*?)```.*?```\n(.*?)```', page, re.DOTALL).groups()
     environ = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONWARNINGS': 'ignore'}
     (tmp_path / 'data').symlink_to(ROOT / 'data')
-    program = f'{ALIASES}\n{program}'
     done = subprocess.run(
         [sys.executable, '-c', program], cwd=tmp_path, env=environ, text=True, capture_output=True
     )

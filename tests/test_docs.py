@@ -180,7 +180,7 @@ def python_blocks(page):
 
 
 def test_emnist_is_prepared(in_own_folder):
-    """The lines undo what EMNIST did, here to the embedded digits."""
+    """The lines undo what EMNIST did, here to the bundled digits."""
     Path('gzip').mkdir()
     digits = data.load_digits('mnist-5k')
     parts = zip(('train', 'test'), (digits[:2], digits[2:4]), strict=True)
@@ -197,7 +197,7 @@ def test_emnist_is_prepared(in_own_folder):
 
 @pytest.mark.slow
 def test_own_network(in_own_folder, capsys, monkeypatch):
-    """On the embedded digits, made as small: scikit-learn's SciPy slows down ``import mxnet``."""
+    """On the bundled digits, made as small: scikit-learn's SciPy slows down ``import mxnet``."""
     digits = data.load_digits('mnist-5k')
     images = digits.train_images[::2, 2:26, 2:26].reshape(-1, 8, 3, 8, 3).mean(axis=(2, 4)) // 16
     small = SimpleNamespace(images=images, target=digits.train_labels[::2].astype(np.int64))

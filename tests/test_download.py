@@ -29,7 +29,7 @@ IMAGES, LABELS = FILES[:2]
 
 @pytest.fixture
 def empty_machine(tmp_path, monkeypatch):
-    """A machine without MNIST: an empty data folder but for the embedded digits, no mirror."""
+    """A machine without MNIST: an empty data folder but for the bundled digits, no mirror."""
     folder = tmp_path / 'data'
     folder.mkdir()
     (folder / 'mnist-5k').symlink_to(SAMPLE)
@@ -42,7 +42,7 @@ def empty_machine(tmp_path, monkeypatch):
 
 
 def offer(monkeypatch, *mirrors):
-    """Let the embedded digits stand for MNIST and Fashion-MNIST, offered by these mirrors."""
+    """Let the bundled digits stand for MNIST and Fashion-MNIST, offered by these mirrors."""
     known = dict(data.DATASETS)
     for name in ('mnist', 'fashion-mnist'):
         known[name] = known['mnist-5k']._replace(
@@ -468,7 +468,7 @@ def test_data_of_a_run(empty_machine):
     for trained_on in 'mnist', None:  # of MNIST, which is not there, its sample
         assert load_digits_of_run('run', trained_on).dataset == 'mnist-5k'
     assert load_digits_of_run('run', 'fashion-mnist', 'mnist-5k').dataset == 'mnist-5k'
-    with pytest.raises(InputError, match='run was trained on data of your own: .* --data-dir'):
+    with pytest.raises(InputError, match=r'run was trained on data of your own: .* --data-dir'):
         load_digits_of_run('run', 'custom')
     folder = data.FOLDER / 'mnist-5k'
     assert load_digits_of_run('run', 'custom', data_dir=folder).source == str(folder)

@@ -148,7 +148,7 @@ def test_table_and_files(digits, sample, capsys):
     tool.main(['digits'])
     facts, inverted, heading, *rows = capsys.readouterr().out.splitlines()
     assert 'center_loss-0008.params: trained on mnist' in facts and 'beyond a distance of' in facts
-    assert inverted == 'images with dark digits on a light ground, which were inverted: 3'
+    assert inverted == 'images with dark digits on a light background, which were inverted: 3'
     assert heading.split() == ['image', 'class', 'probability', 'distance']
     with np.load('own.npz') as arrays, open('own.csv', newline='') as file:
         for i, (row, line) in enumerate(zip(rows, csv.DictReader(file), strict=True)):

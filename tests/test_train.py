@@ -32,7 +32,7 @@ QUICK = ['--dataset=mnist-5k', '--num-examples=200', '--num-epochs=1', '--batch-
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """Two epochs on the embedded digits."""
+    """Two epochs on the bundled digits."""
     folder = tmp_path_factory.mktemp('trained')
     line = ['--dataset=mnist-5k', '--num-epochs=2', '--batch-size=64', '--log-file=run.log']
     result = run_train(*line, cwd=folder)

@@ -1,6 +1,6 @@
 """How fast this is: variants that run interleaved, and what each trick for speed brings.
 
-    python -m tools.benchmark                               the table, on the embedded digits
+    python -m tools.benchmark                               the table, on the bundled digits
     python -m tools.benchmark --data-dir=DIR --json=FILE    on all of MNIST, and as JSON
     python -m tools.benchmark --only operator start-up      some parts
 
@@ -77,7 +77,7 @@ def measure_average(report: Report, args: argparse.Namespace) -> None:
         report.add(what, seconds[0] / seconds[1])
 
 
-def lenet_variant(image, pairs, pooling_first):
+def lenet_variant(image: mx.sym.Symbol, pairs: bool, pooling_first: bool) -> mx.sym.Symbol:
     """``vectorized.lenet`` with or without the pairs of rows, and either order of the layers."""
     pool = functools.partial(mx.sym.Pooling, kernel=(2, 2), stride=(2, 2), pool_type='max')
     tanh = functools.partial(mx.sym.Activation, act_type='tanh')
@@ -94,7 +94,7 @@ def lenet_variant(image, pairs, pooling_first):
     return tanh(mx.sym.FullyConnected(net, num_hidden=500, name='fc1'))
 
 
-def network_variant(**options):
+def network_variant(**options: bool) -> mx.sym.Symbol:
     """LeNet's objective with such features."""
     features = functools.partial(lenet_variant, **options)
     with mock.patch.dict(VECTORIZED_NETWORKS, lenet=features):
@@ -241,7 +241,7 @@ def measure_torch(report: Report, args: argparse.Namespace) -> None:
 
 
 def train_on_request() -> None:
-    """Train an epoch on the embedded digits for every line on stdin."""
+    """Train an epoch on the bundled digits for every line on stdin."""
     training = Training(get_symbol(vectorized=True), 128, num_steps=4000 // 128)
     for _ in sys.stdin:
         training()
@@ -380,7 +380,12 @@ def main(argv: Sequence[str] = ()) -> None:
     add = parser.add_argument
     add('--data-dir', type=Path, metavar='DIR', help='folder of the IDX files for train.py, vis.py')
     add_only(parser, PARTS)
-    add('--rounds', type=number(int, minimum=1), default=MAX_ROUNDS, help='to take fewer rounds')
+    add(
+        '--rounds',
+        type=number(int, minimum=1),
+        default=MAX_ROUNDS,
+        help='take at most N rounds a comparison',
+    )
     add('--json', type=Path, metavar='FILE', help='write the table to this file')
     add('--part', choices=list(PARTS), help='measure in this process and print JSON')
     add('--train-on-request', action='store_true', help='train an epoch for every line on stdin')

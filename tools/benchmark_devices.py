@@ -57,7 +57,7 @@ def step(module: Module, batch: mx.io.DataBatch) -> None:
 
 
 def measure_drift(num_devices: Sequence[int] = (2, 4), num_epochs: int = 5) -> None:
-    """Print the largest distance between two copies of a center, on the embedded digits."""
+    """Print the largest distance between two copies of a center, on the bundled digits."""
     for count in num_devices:
         contexts = [mx.cpu(i) for i in range(count)]
         batches, _ = mnist_iterator(128, dataset='mnist-5k')
@@ -111,7 +111,13 @@ CASES = {  # network, names of its labels, shape of an image, K
 }
 
 
-def random_batch(rng, batch_size, labels, shape, num_classes):
+def random_batch(
+    rng: np.random.Generator,
+    batch_size: int,
+    labels: Sequence[str],
+    shape: tuple[int, ...],
+    num_classes: int,
+) -> mx.io.DataBatch:
     """Return a batch of random images and labels."""
     label = mx.nd.array(rng.integers(num_classes, size=batch_size))
     return mx.io.DataBatch(
@@ -148,7 +154,7 @@ def measure_cost(
 
 
 def measure_scaling(total_batch: int = 96, num_rounds: int = 2) -> None:
-    """Print the seconds of an epoch of the embedded digits, all with the same total batch."""
+    """Print the seconds of an epoch of the bundled digits, all with the same total batch."""
     variants = {
         'one process': '--cpus=0',
         'two devices': '--cpus=0,1',

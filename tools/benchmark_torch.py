@@ -3,7 +3,7 @@
     python -m tools.benchmark_torch usual --epochs=5                   the seconds of every epoch
     python -m tools.benchmark_torch mask --shape 128 2 10 --epochs=5   of 20 steps of the loss alone
 
-LeNet with softmax and center loss on the embedded digits, SGD with momentum, data and metrics
+LeNet with softmax and center loss on the bundled digits, SGD with momentum, data and metrics
 included, as a careful PyTorch user would write it: no Python per sample. Or center loss alone,
 forward, backward and the step of the centers, in the two forms that are usual. The number of
 threads is OMP_NUM_THREADS.

@@ -117,7 +117,8 @@ def main(argv: Sequence[str] = ()) -> None:
         write(args.output, own.names, embedded, embedder.class_names)
     print(embedder.description)
     if own.num_inverted:
-        print(f'images with dark digits on a light ground, which were inverted: {own.num_inverted}')
+        number = own.num_inverted
+        print(f'images with dark digits on a light background, which were inverted: {number}')
     print(*table(own.names, embedded, embedder.class_names), sep='\n')
     if args.output is not None:
         print(f'wrote {args.output}')

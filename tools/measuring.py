@@ -1,7 +1,7 @@
 """What the benchmarks share: interleaved variants, training steps, and processes to compare."""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import itertools
 import os
@@ -73,7 +73,7 @@ def significant(value: float) -> str:
 
 
 class Training:
-    """Some steps as ``fit`` makes them, on shuffled batches of the embedded digits.
+    """Some steps as ``fit`` makes them, on shuffled batches of the bundled digits.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ class Training:
         mx.nd.waitall()
 
 
-def endless(batches: mx.io.DataIter):
+def endless(batches: mx.io.DataIter) -> Iterator[mx.io.DataBatch]:
     """Yield the batches of one epoch after the other."""
     while True:
         yield from batches

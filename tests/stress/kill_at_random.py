@@ -2,7 +2,7 @@
 
     python tests/stress/kill_at_random.py --kills 100
 
-Every run trains on the embedded digits until it is killed, and the next one continues it with
+Every run trains on the bundled digits until it is killed, and the next one continues it with
 ``--resume``. A run that finishes is compared with one that was never killed, bit for bit, and the
 next begins in an empty folder. After every kill each checkpoint but an unfinished one has to be
 whole, no resume may fail, and a run that finishes leaves no temporary file behind.
