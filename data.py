@@ -21,7 +21,8 @@ from common.environment import mx
 from center_loss import memory_view
 from common.download import download
 from common.errors import InputError
-from common.idx import printable, read_idx
+from common.files import printable
+from common.idx import read_idx
 
 FOLDER = Path(__file__).resolve().parent / 'data'
 DEBIAN_FOLDERS = {'fashion-mnist': Path('/usr/share/datasets/fashion-mnist')}

@@ -418,9 +418,9 @@ def main(argv: Sequence[str] = ()) -> None:
     args = parse_args(argv)
     output = args.animate or args.output
     if args.animate:
-        pictures.check_output(output, '--animate', pictures.ANIMATIONS)
+        pictures.check_picture(output, '--animate', pictures.ANIMATIONS)
     else:
-        pictures.check_output(output, '--output')
+        pictures.check_picture(output, '--output')
     own = None
     # Training has shown the warnings of data.py, and the data set is named in what is drawn.
     with log_to_stderr(but_warnings_of='data'), pictures.picture_style():

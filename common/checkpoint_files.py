@@ -1,18 +1,15 @@
 """The files of checkpoints: their names, a lock on them, and reading and writing them safely."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 import contextlib
-import errno
 import fcntl
-import hashlib
 import itertools
 import os
 from pathlib import Path
 import re
-import stat
 
 from common.errors import InputError
-from common.files import temporary_path
+from common.files import sync_folder, temporary_path
 
 KINDS = ('json', 'params', 'resume', 'states')  # .states: of the first form
 
@@ -158,48 +155,4 @@ def _open_locked(path):
         except OSError:
             os.close(descriptor)
             raise
-        os.close(descriptor)
-
-
-def read_regular_file(path: Path, max_bytes: int | None = None) -> bytes:
-    """Return the first bytes of a file, by default all; a pipe or a device is refused.
-
-    Raises InputError if it cannot be read. It never waits.
-    """
-
-    def open_without_waiting(name, flags):
-        return os.open(name, flags | os.O_NONBLOCK)
-
-    try:
-        with open(path, 'rb', opener=open_without_waiting) as file:
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return file.read(max_bytes)
-            reason = 'it is not a regular file'
-    except MemoryError:
-        reason = 'it does not fit in memory'
-    except FileNotFoundError:
-        reason = 'it is a dangling link' if os.path.islink(path) else 'it is missing'
-    except OSError as error:
-        reason = 'it is a socket' if error.errno == errno.ENXIO else error.strerror
-    raise InputError(f'cannot read {path}: {reason}')
-
-
-def write_synced(path: Path, chunks: Iterable[bytes]) -> dict:
-    """Write a file that is on the disk afterwards; return its size and SHA-256."""
-    digest = hashlib.sha256()
-    with open(path, 'wb') as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-        return {'size': file.tell(), 'sha256': digest.hexdigest()}
-
-
-def sync_folder(folder: Path) -> None:
-    """Make sure that names that were given or removed in a folder are so on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
         os.close(descriptor)

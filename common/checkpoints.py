@@ -19,17 +19,11 @@ import os
 from typing import NamedTuple
 
 from common.environment import mx
-from common.array_file import (
-    decode_arrays,
-    decode_former_states,
-    encode_arrays,
-    former_state_fits,
-    tagged,
-    untagged,
-)
-from common.checkpoint_files import CheckpointFiles, read_regular_file, sync_folder, write_synced
+from common.array_file import decode_arrays, encode_arrays, tagged, untagged
+from common.checkpoint_files import CheckpointFiles
 from common.errors import InputError
-from common.files import temporary_path
+from common.files import read_regular_file, sync_folder, temporary_path, write_synced
+from common.former_checkpoints import decode_former_states, former_state_fits
 from common.symbol_file import decode_symbol, encode_symbol
 from common.versions import versions
 

@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING
 
 from common.errors import InputError
-from common.idx import printable
+from common.files import printable
 from common.pictures import distinct_colors, new_figure
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import zlib
 import numpy as np
 
 from common.errors import InputError
+from common.files import printable
 
 MAX_FILE_SIZE = 1 << 30  # bytes before compression; EMNIST's largest file has half of it
 
@@ -69,8 +70,3 @@ def _read_idx(file, file_size):
     if rest or file.read(1):  # at the end gzip compares its own checksum
         raise ValueError('damaged: its size is not what its last bytes say')
     return array, sha256.hexdigest()
-
-
-def printable(path: str | os.PathLike) -> str:
-    """Return a path as text that any log can hold, whatever the bytes of its name."""
-    return os.fsencode(path).decode('utf-8', 'backslashreplace')

@@ -12,7 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from common.errors import Failure, InputError
-from common.idx import printable, read_idx
+from common.files import printable
+from common.idx import read_idx
 from common.images import FRAME, is_dark_on_light, prepare_digit, resize
 
 FORMATS = ('PNG', 'JPEG', 'TIFF')  # Pillow would also run other programs, Ghostscript for one

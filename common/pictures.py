@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import InputError
-from common.files import replace_when_whole
+from common.files import check_output, replace_when_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,39 +127,25 @@ def viewing_plane(embeddings: np.ndarray) -> Plane:
     return Plane(embeddings.mean(axis=0, dtype=np.float64), axes, (first, second))
 
 
-def check_output(path: Path, option: str, kinds: Iterable[str] | None = None) -> None:
-    """Raise InputError if no file of one of these kinds can be written to a path.
+def check_picture(path: Path, option: str, kinds: Iterable[str] | None = None) -> None:
+    """Raise InputError if no picture can be written to a path, see :func:`check_output`.
 
-    Parameters
-    ----------
-    path
-        The file.
-    option
-        The option of the command line that named it.
-    kinds
-        Suffixes that it may have; by default those of matplotlib's pictures.
+    ``kinds`` are by default the suffixes that matplotlib can write.
     """
     if kinds is None:
         import_seaborn()
         from matplotlib.backend_bases import FigureCanvasBase
 
         kinds = FigureCanvasBase.get_supported_filetypes()
-    problem = None
-    if path.suffix[1:].lower() not in kinds:
-        problem = f'the file name has to end in one of .{", .".join(sorted(kinds))}'
-    elif os.path.isdir(path):
-        problem = 'it is a folder'
-    elif not os.path.isdir(path.parent):
-        problem = f'there is no folder {path.parent}'
-    elif not os.access(path.parent, os.W_OK | os.X_OK):
-        problem = f'no permission to write to {path.parent.resolve()}, name another folder'
-    elif path.suffix.lower() == '.mp4':
+    check_output(path, option, kinds)
+    if path.suffix.lower() == '.mp4':
         from matplotlib.animation import FFMpegWriter
 
         if not FFMpegWriter.isAvailable():
-            problem = 'an .mp4 needs the program ffmpeg: install it, or write a .gif'
-    if problem:
-        raise InputError(f'{option}={path} cannot be written: {problem}')
+            raise InputError(
+                f'{option}={path} cannot be written: an .mp4 needs the program ffmpeg: install it, '
+                'or write a .gif'
+            )
 
 
 @contextlib.contextmanager

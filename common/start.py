@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 from common.environment import mx
-from common.array_file import rename_original, tagged, untagged
+from common.array_file import tagged, untagged
 from common.checkpoints import Checkpoints
 from common.distributed import broadcast_from_rank_0
 from common.errors import InputError
+from common.former_checkpoints import rename_original
 from common.symbol_file import output_shapes, parameter_mismatches
 
 
@@ -58,14 +59,19 @@ def find_start(
                 if name.startswith('last:')
             }
             saved = found.arg_params, found.aux_params
+            arg_params, aux_params = untagged(last) if last else saved
+            optimizer_state = {
+                name: array for name, array in found.state.items() if name.startswith('optimizer')
+            }
             return Start(
-                found.epoch,
-                True,
-                *(untagged(last) if last else saved),
-                {key: value for key, value in found.state.items() if key.startswith('optimizer')},
-                tagged(*saved),
-                found.options,
-                path,
+                epoch=found.epoch,
+                resumed=True,
+                arg_params=arg_params,
+                aux_params=aux_params,
+                optimizer_state=optimizer_state,
+                average=tagged(*saved),
+                options=found.options,
+                path=path,
             )
         logging.info(
             'no checkpoint of %s to resume from: starting at the beginning', checkpoints.prefix
@@ -78,14 +84,14 @@ def find_start(
                 'continue them with --resume, or choose another --save-model-prefix'
             )
         path = source.params_path(load_epoch)
-        params = rename_original(*source.load_params(load_epoch))
+        arg_params, aux_params = rename_original(*source.load_params(load_epoch))
         if load_epoch >= num_epochs:
             raise InputError(
                 f'--num-epochs={num_epochs} is the last epoch: it has to be above '
                 f'--load-epoch={load_epoch}'
             )
         logging.info('%s: continuing at epoch %d; momentum begins at 0', path, load_epoch)
-        return Start(load_epoch, False, *params, path=path)
+        return Start(load_epoch, arg_params=arg_params, aux_params=aux_params, path=path)
     if existing and not resume:
         logging.warning(
             'checkpoints of an earlier run of %s (%d) are replaced once the first epoch is saved; '

@@ -22,9 +22,10 @@ import numpy as np
 import pytest
 
 from common.environment import mx
-from common.array_file import decode_arrays, encode_arrays, rename_original
+from common.array_file import decode_arrays, encode_arrays
 from common.checkpoints import Checkpoints, DamagedCheckpoint, UncheckedCheckpoint
 from common.errors import InputError
+from common.former_checkpoints import rename_original
 from common.symbol_file import decode_symbol, encode_symbol, output_shapes, parameter_mismatches
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -31,8 +31,7 @@ from common.environment import mx
 from common import vectorized
 from common.averaging import Average
 from common.command_line import ArgumentParser, number, run_script
-from common.files import replace_when_whole
-from common.pictures import check_output
+from common.files import check_output, replace_when_whole
 from common.versions import versions
 from data import load_digits
 from tools.benchmark_torch import FORMS, OPERATOR_FORMS, OPERATOR_STEPS

@@ -19,10 +19,9 @@ import numpy as np
 from common.command_line import ArgumentParser, add_run_arguments, run_script
 from common.embedder import Embedded, Embedder, choose_run
 from common.errors import InputError
-from common.files import replace_when_whole
+from common.files import check_output, replace_when_whole
 from common.image_files import load_images
 from common.log_file import log_to_stderr
-from common.pictures import check_output
 
 KINDS = ('npz', 'csv')
 

@@ -21,13 +21,12 @@ import warnings
 
 from common.environment import mx
 from common.array_file import encode_arrays, tagged
-from common.checkpoint_files import write_synced
 from common.checkpoints import Checkpoints
 from common.command_line import ArgumentParser, add_run_arguments, run_script
 from common.embedder import Embedder, choose_run
 from common.errors import InputError
 from common.evaluation import center_loss_weight
-from common.files import replace_when_whole
+from common.files import replace_when_whole, write_synced
 from common.log_file import log_to_stderr
 
 OPSET = 13  # the newest that MXNet's converter knows; it would claim that of the installed onnx
@@ -133,7 +132,7 @@ def metadata(embedder: Embedder) -> dict[str, str]:
     return {name: json.dumps(value) for name, value in facts.items() if value is not None}
 
 
-def check_output(output: Path) -> None:
+def check_names(output: Path) -> None:
     """Raise InputError for a name that is no beginning of a file name, or that of a run."""
     folders = [f'{output}{suffix}' for suffix in SUFFIXES if os.path.isdir(f'{output}{suffix}')]
     problem = None
@@ -163,7 +162,7 @@ def main(argv: Sequence[str] = ()) -> None:
         help='beginning of the names of the files, with or without a folder, which has to exist',
     )
     args = parser.parse_args(list(argv))
-    check_output(args.output)
+    check_names(args.output)
     with log_to_stderr():
         embedder = Embedder(choose_run(args.model_prefix), args.epoch)
     network, path = inference_network(embedder), Path(f'{args.output}.onnx')

@@ -21,8 +21,7 @@ import numpy as np
 from common.environment import THREADS_CHOSEN_BY_USER
 from common.command_line import ArgumentParser, number, run_script
 from common.errors import InputError
-from common.files import replace_when_whole
-from common.pictures import check_output
+from common.files import check_output, replace_when_whole
 from common.versions import versions
 from data import load_digits
 from tools.benchmark_torch import image_tensor, label_tensor, lenet, masked_loss, torch
