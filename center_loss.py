@@ -85,6 +85,7 @@ class CenterLoss(mx.operator.CustomOp):
         aux: list[mx.nd.NDArray],
     ) -> None:
         """Write the loss of every sample, (B,); in training, move the centers."""
+        self.difference = None
         data, label, centers = map(memory_view, [*in_data, *aux])  # (B, d), (B,), (K, d)
         classes = _check_labels(label, self.num_class)
         with np.errstate(over='ignore', invalid='ignore'):  # the metric shows that a run diverges
@@ -104,6 +105,8 @@ class CenterLoss(mx.operator.CustomOp):
         aux: list[mx.nd.NDArray],
     ) -> None:
         """Write the gradient of the embeddings, (B, d); labels have none."""
+        if self.difference is None:
+            return  # the forward has failed, and MXNet raises its error
         with np.errstate(over='ignore', invalid='ignore'):
             gradient = self.factor * self.difference
             if self.out_grad:
@@ -319,7 +322,7 @@ class CenterLossProp(mx.operator.CustomOpProp):
         """Return a parameter as a number; note it as a problem if it is none in that range."""
         try:
             value = kind(text)
-            if minimum <= value <= maximum:
+            if minimum <= value <= maximum and value == float(text):
                 return value
         except ValueError:
             pass
@@ -398,18 +401,18 @@ class CenterLossBlock(mx.gluon.HybridBlock):
 
     def __init__(self, num_classes: int, dimension: int, alpha: float = 0.5, **kwargs):
         super().__init__(**kwargs)
-        problem = CenterLossProp(num_class=num_classes, alpha=alpha).problem
-        if problem:
-            raise ValueError(f'centerloss: {problem}')
-        self.num_classes = num_classes
-        self.alpha = alpha
+        checked = CenterLossProp(num_class=num_classes, alpha=alpha)
+        if checked.problem:
+            raise ValueError(f'centerloss: {checked.problem}')
+        self.num_classes = checked.num_class
+        self.alpha = checked.alpha
         with self.name_scope():
             self.centers = self.params.get(
-                'centers', shape=(num_classes, dimension), init='zeros', differentiable=False
+                'centers', shape=(self.num_classes, dimension), init='zeros', differentiable=False
             )
 
     def forward(self, embedding: mx.nd.NDArray, label: mx.nd.NDArray) -> mx.nd.NDArray:
-        """Compute the loss. What an operator can only print is raised here as a ValueError."""
+        """Compute the loss. Of arrays, what an operator only prints is raised as a ValueError."""
         if isinstance(embedding, mx.nd.NDArray):
             _check_shapes(embedding.shape, label.shape)
             _check_types(embedding.dtype, label.dtype)

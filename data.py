@@ -9,6 +9,7 @@ Checksums are those of the decompressed files, so that any container of the same
 
 import argparse
 from collections.abc import Callable, Sequence
+import hashlib
 import logging
 import math
 import os
@@ -87,7 +88,8 @@ DATASETS = {
 class Digits(NamedTuple):
     """A data set in memory: uint8 images (N, H, W) and labels (N,), class names by label.
 
-    ``dataset`` is a name in ``DATASETS`` or 'custom', ``source`` where the files were found.
+    ``dataset`` is a name in ``DATASETS`` or 'custom', ``source`` where the files were found,
+    ``sha256`` a digest of all four.
     """
 
     train_images: np.ndarray
@@ -97,6 +99,7 @@ class Digits(NamedTuple):
     class_names: tuple[str, ...]
     dataset: str
     source: str
+    sha256: str
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, of_run: bool = False) -> None:
@@ -212,6 +215,7 @@ def mnist_iterator(
     train = DualLabelIter(images, labels, input_shape, shuffled)
     train.data_facts = {
         'dataset': digits.dataset,
+        'sha256': digits.sha256,
         'classes': list(classes),
         'class_names': [digits.class_names[label] for label in classes],
         'image_shape': list(images.shape[1:]),
@@ -443,10 +447,10 @@ def read_folder(folder: Path, name: str | None) -> Digits:
     """
     paths = [find_file(folder, file) for file in FILES]
     arrays, digests = zip(*map(read_idx, paths), strict=True)
-    source = printable(folder)
+    source, sha256 = printable(folder), hashlib.sha256(''.join(digests).encode()).hexdigest()
     for known in DATASETS if name is None else [name]:
         if DATASETS[known].sha256 == digests:
-            return Digits(*arrays, DATASETS[known].class_names, known, source)
+            return Digits(*arrays, DATASETS[known].class_names, known, source, sha256)
     if name is not None:
         for path, digest, expected in zip(paths, digests, DATASETS[name].sha256, strict=True):
             if digest != expected:
@@ -463,6 +467,11 @@ def read_folder(folder: Path, name: str | None) -> Digits:
         )
     if images[0].shape != val_images[0].shape:
         raise InputError(f'{source}: images of {_size(images)} and of {_size(val_images)} pixels')
+    if images.max() <= 1:
+        raise InputError(
+            f'{source}: the pixels of the training images are from 0 to {images.max()}, not from 0 '
+            'to 255: scale them'
+        )
     num_classes = int(labels.max()) + 1
     if val_labels.max() >= num_classes:
         raise InputError(
@@ -473,7 +482,7 @@ def read_folder(folder: Path, name: str | None) -> Digits:
         f'the files in {source} are of no data set known here and used as they are: images of '
         f'{_size(images)} pixels, {num_classes} classes'
     )
-    return Digits(*arrays, tuple(map(str, range(num_classes))), 'custom', source)
+    return Digits(*arrays, tuple(map(str, range(num_classes))), 'custom', source, sha256)
 
 
 def find_file(folder: Path, file: str) -> Path:

@@ -35,6 +35,7 @@ from common.command_line import ArgumentParser, number, run_script
 from common.devices import check_equal_shares, choose_devices
 from common.discriminants import discriminant_params
 from common.distributed import serve
+from common.errors import InputError
 from common.launcher import run_workers
 from common.start import describe_saved
 from common.training_options import add_training_arguments
@@ -200,6 +201,8 @@ INITIALIZERS = {
         ],
     ),
 }
+
+SMALLEST_IMAGE = {'lenet': 16, 'lenet++': 8}  # pixels of a side
 
 # (recipe, network) -> defaults of the options a recipe decides. LeNet's tuned recipe was chosen on
 # 10,000 training images that were held out (--validate-on=held-out); clipping keeps it stable up to
@@ -441,6 +444,13 @@ def main(argv: Sequence[str] = ()) -> None:
         return
 
     def network(train, vectorized=False):
+        height, width = train.data_facts['image_shape']
+        if min(height, width) < SMALLEST_IMAGE[args.network]:
+            side = SMALLEST_IMAGE[args.network]
+            raise InputError(
+                f'images of {height} x {width} pixels are too small for --network={args.network}: '
+                f'it takes {side} x {side} or more'
+            )
         options = arguments_of(get_symbol, args)
         options['num_classes'] = len(train.data_facts['class_names'])
         return get_symbol(**options, vectorized=vectorized)
@@ -456,7 +466,7 @@ def main(argv: Sequence[str] = ()) -> None:
         load_data,
         **options,
         devices=devices,
-        record={name: value for name, value in vars(args).items() if value is not None},
+        record=vars(args),
         how_to_continue=how_to_continue,
     )
     if module.validation_scores:
@@ -466,10 +476,8 @@ def main(argv: Sequence[str] = ()) -> None:
             draw.append(f'--model-prefix={args.save_model_prefix}')
         if args.data_dir is not None:
             draw.append(f'--data-dir={args.data_dir}')
-        print(
-            f'accuracy on the {images} images {module.validation_scores["accuracy"]:.2%}; '
-            f'{shlex.join(draw)} draws the embeddings'
-        )
+        hint = f'; {shlex.join(draw)} draws the embeddings' if args.embedding_dim > 1 else ''
+        print(f'accuracy on the {images} images {module.validation_scores["accuracy"]:.2%}{hint}')
 
 
 def arguments_of(function: Callable, args: argparse.Namespace) -> dict:

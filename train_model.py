@@ -91,7 +91,8 @@ def fit(
         ``(train, val)``, two iterators whose batches have the inputs and labels of the network; or
         a function ``data(batch_size, num_parts=, part_index=)`` that returns them for worker
         ``part_index`` of ``num_parts``. A continued run is exact if ``train.start_epoch(epoch)``
-        exists, as for ``data.DualLabelIter``. A dict ``train.data_facts`` is saved for inference.
+        exists, as for ``data.DualLabelIter``; not with Dropout, SGLD or Nadam, parts of whose state
+        are not saved. A dict ``train.data_facts`` is saved for inference.
     compute_network
         The same, with the same parameters and outputs, in a form that is faster to compute: it is
         bound in the place of ``network``.
@@ -186,8 +187,10 @@ def fit(
         # The data, and how much there is of it.
         load = data if callable(data) else lambda *args, **parts: data
         train, val = load(batch_size, num_parts=kv.num_workers, part_index=kv.rank)
+        check_enough_images(val, len(devices), 'validation')
+        if not hasattr(train, 'num_batches'):  # those of a DualLabelIter are all of one size
+            check_enough_images(train, len(devices), 'training')
         num_batches, data_facts = count_batches(train), getattr(train, 'data_facts', {})
-        check_enough_images(val, len(devices))
         network, compute_network = (
             form if form is None or isinstance(form, mx.sym.Symbol) else form(train)
             for form in (network, compute_network)
@@ -216,11 +219,13 @@ def fit(
             **{'lr_factor_epoch': lr_factor_epoch, 'warmup_epochs': warmup_epochs},
             **{'average_weights': average_weights, 'seed': seed, 'kv_store': kv_store},
             **{'num_workers': kv.num_workers, 'batches_per_epoch': num_batches},
-            **({'trained_on': data_facts['dataset']} if 'dataset' in data_facts else {}),
+            **{'trained_on': data_facts.get('dataset'), 'data_sha256': data_facts.get('sha256')},
         }
-        options = json.loads(json.dumps(options))
+        options, data_facts = json.loads(json.dumps([options, data_facts]))
         logging.info('versions: %s', json.dumps(versions()))
-        logging.info('start with arguments %s', argparse.Namespace(**{**(record or {}), **options}))
+        arguments = {**(record or {}), **options}
+        given = {name: value for name, value in arguments.items() if value is not None}
+        logging.info('start with arguments %s', argparse.Namespace(**given))
         warn_of_changes(start, options)
         if kv.num_workers > 1:
             check_agreement(kv, options)

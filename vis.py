@@ -118,9 +118,12 @@ def make_panel(
         f'{dataset}: {accuracy} ({measured.num_classified:,} images)',
         statistics.replace(', ', '    '),
     ]
-    if measured.verification:
-        names = [n for label, n in enumerate(digits.class_names) if label not in measured.seen]
-        listed = ', '.join(names) if len(names) <= MAX_LISTED_CLASSES else f'{len(names)} classes'
+    names = [n for label, n in enumerate(digits.class_names) if label not in measured.seen]
+    listed = ', '.join(names) if len(names) <= MAX_LISTED_CLASSES else f'{len(names)} classes'
+    if names and not measured.verification:
+        report += f'\n    unseen in training: {listed}; to verify pairs takes two classes or more'
+        caption.append(f'× unseen in training: {listed}')
+    elif names:
         unseen = f'unseen in training: {listed}; pairs of their images by distance,'
         verified = [
             f'{distance}: AUC {auc:.4f}, {accepts:.1%} true accepts at {FALSE_ACCEPTS:.0%} false'

@@ -9,7 +9,7 @@ from pathlib import Path
 import re
 
 from common.errors import InputError
-from common.files import sync_folder, temporary_path
+from common.files import sync_folder, temporary_path, write_synced
 
 KINDS = ('json', 'params', 'resume', 'states')  # .states: of the first form
 
@@ -63,17 +63,36 @@ class CheckpointFiles:
             if 'params' in self._kinds(epoch) or {'json', 'resume'} <= {*self._kinds(epoch)}
         )
 
-    def _move(self, epoch):
-        """Move the files of an epoch to another prefix, first its .json; return that prefix."""
+    def _move(self, epoch, with_symbol=False):
+        """Move the files of an epoch to another prefix, first its .json; return that prefix.
+
+        ``with_symbol`` is for an epoch that stays there: its network gets the second name too.
+        """
         if self._kinds(epoch) == ['resume']:  # left by a killed save
             self._path(epoch, 'resume').unlink()
+        kinds, symbol = self._kinds(epoch), self._encoded_network()
         prefixes = (CheckpointFiles(f'{self.prefix}-kept{n}') for n in itertools.count(1))
-        kept = next(prefix for prefix in prefixes if not prefix._kinds(epoch))
-        for kind in self._kinds(epoch):
+        kept = next(
+            prefix
+            for prefix in prefixes
+            if not prefix._kinds(epoch) and prefix._encoded_network() in (None, symbol)
+        )
+        if kinds and with_symbol and symbol is not None:
+            try:
+                os.link(self.symbol_path, kept.symbol_path)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                write_synced(kept.symbol_path, [symbol])
+        for kind in kinds:
             os.rename(self._path(epoch, kind), kept._path(epoch, kind))
             if kind == 'json':
                 sync_folder(self._folder)
         return kept
+
+    def _encoded_network(self):
+        """Return what the file of the network holds, None where there is none."""
+        return self.symbol_path.read_bytes() if self.symbol_path.is_file() else None
 
     def _remove(self, epoch):
         """Remove the files of an epoch, first its .json; those of one without it stay."""
@@ -106,6 +125,8 @@ class CheckpointFiles:
             problem = 'it is not UTF-8'
         if self._name in ('', '.', '..'):
             problem = 'it has to end with the beginning of a file name'
+        elif problem is None and not self.prefix.isprintable():
+            problem = 'it has characters that cannot be printed'
         if problem:
             raise InputError(
                 f'cannot write checkpoints to --save-model-prefix={self.prefix}: {problem}'

@@ -107,14 +107,18 @@ class Checkpoints(CheckpointFiles):
             content['inference'] = inference or {}
             write_synced(new['json'], [_with_checksum(content)])
             # A kill between any two steps loses nothing, and leaves at most one epoch unfinished.
-            others = {old for old in remove if old > epoch}  # of an earlier run
-            moved = [(old, self._move(old)) for old in sorted({*others, epoch}, reverse=True)]
+            unchecked = {old for old in remove if 'json' not in self._kinds(old)}
+            others = {old for old in remove if old > epoch} | unchecked  # of an earlier run
+            moved = [
+                (old, self._move(old, with_symbol=old in unchecked or old not in remove))
+                for old in sorted({*others, epoch}, reverse=True)
+            ]
             for kind, place in zip(kinds, places, strict=True):
                 if kind == 'json':
                     sync_folder(self._folder)
                 os.replace(new[kind], place)
             sync_folder(self._folder)
-            moved += [(old, self._move(old)) for old in sorted(remove) if old < epoch]
+            moved += [(old, self._move(old)) for old in sorted(remove - others) if old < epoch]
             for old, kept in moved:
                 if old in remove:
                     kept._remove(old)

@@ -132,7 +132,7 @@ def style_curves(ax: Axes, metric: str) -> None:
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         # The first epochs would press the others against the upper edge.
         ends = [line.get_ydata()[-1] for line in ax.get_lines() if len(line.get_ydata())]
-        bottom = 1 - 5 * (1 - min(ends, default=0))
+        bottom = min(1 - 5 * (1 - min(ends, default=0)), 0.999)  # 1 where all ends are
         if bottom > ax.get_ylim()[0]:
             ax.set_ylim(bottom, 1 + 0.04 * (1 - bottom))
     elif any(value > 0 for line in ax.get_lines() for value in line.get_ydata()):

@@ -63,13 +63,16 @@ def check_equal_shares(batch_size: int, devices: Sequence[mx.Context]) -> None:
         )
 
 
-def check_enough_images(val: mx.io.DataIter, num_devices: int) -> None:
-    """Raise InputError where a validation batch has fewer images than there are devices."""
+def check_enough_images(batches: mx.io.DataIter, num_devices: int, name: str) -> None:
+    """Raise InputError where a batch has fewer images than there are devices.
+
+    ``name`` says what the batches are for, 'training' or 'validation'.
+    """
     if num_devices > 1:
-        val.reset()
-        smallest = min(len(batch.data[0]) for batch in val)
+        batches.reset()
+        smallest = min(len(batch.data[0]) for batch in batches)
         if smallest < num_devices:
             raise InputError(
-                f'a validation batch of {smallest} images cannot be shared by {num_devices} '
-                'devices: take more validation images, or fewer devices'
+                f'a {name} batch of {smallest} images cannot be shared by {num_devices} devices: '
+                f'take more {name} images, or fewer devices'
             )

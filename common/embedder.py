@@ -125,10 +125,18 @@ class Embedder:
                 )
         self.checkpoints, self.epoch = checkpoints, epoch
         facts = checkpoints.load_inference(epoch)
+        trained_shape = tuple(facts.get('image_shape', image_shape or (28, 28)))
+        self.image_shape = tuple(image_shape or trained_shape)
+        if self.image_shape != trained_shape:
+            raise InputError(
+                '{} was trained on images of {} x {} pixels, and these have {} x {}: take others, '
+                'or another run'.format(
+                    checkpoints.params_path(epoch), *trained_shape, *self.image_shape
+                )
+            )
         arg_params, aux_params = checkpoints.load_params(epoch)
         network = checkpoints.load_symbol()
         self.dataset = facts.get('dataset', 'mnist')
-        self.image_shape = tuple(image_shape or facts.get('image_shape', (28, 28)))
         self.rejection_distance = facts.get('rejection_distance')
         self._module = self._bind(network, arg_params, aux_params)
         (_, (_, dimension)), (_, (_, num_classes)) = self._module.output_shapes
@@ -221,7 +229,7 @@ class Embedder:
             raise InputError(
                 f'images to embed have to be {wanted}, not {images.dtype} {images.shape}'
             )
-        if images.max() == 1:
+        if images.min() == 0 and images.max() == 1:
             raise InputError(f'images to embed have to be {wanted}, not from 0 to 1')
         results = []
         for first in range(0, len(images), batch_size):

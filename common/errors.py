@@ -12,7 +12,8 @@ class Failure(Exception):
 
     def exit_script(self) -> NoReturn:
         """Print the sentence as one line on stderr, and end the script with the exit status."""
-        print(f'{Path(sys.argv[0]).name}: error: {self}', file=sys.stderr)
+        line = ''.join(repr(c)[1:-1] if c in '\n\r\t' else c for c in str(self))
+        print(f'{Path(sys.argv[0]).name}: error: {line}', file=sys.stderr)
         sys.exit(self.exit_status)
 
 

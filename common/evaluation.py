@@ -66,7 +66,7 @@ class Evaluation(NamedTuple):
         Statistics of all classes.
     verification
         By distance, 'Euclidean' and 'cosine', among the images of unseen classes; empty if there
-        are none.
+        are fewer than two of them.
     """
 
     embeddings: np.ndarray
@@ -132,6 +132,7 @@ def evaluate(
     is_seen = np.isin(labels, embedder.labels)
     predicted = np.take(embedder.labels, logits.argmax(axis=1))
     correct = (predicted == labels)[is_seen]
+    num_unseen = len(np.unique(labels[~is_seen]))
     return Evaluation(
         embeddings,
         predicted,
@@ -139,7 +140,7 @@ def evaluate(
         num_classified=len(correct),
         accuracy=float(correct.mean()) if len(correct) else math.nan,
         clusters=cluster_statistics(embeddings, labels),
-        verification={} if is_seen.all() else verify(embeddings[~is_seen], labels[~is_seen]),
+        verification=verify(embeddings[~is_seen], labels[~is_seen]) if num_unseen > 1 else {},
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from common.environment import mx
 from center_loss import memory_view
 from common.distributed import broadcast_from_rank_0
+from common.errors import InputError
 
 MAX_GROUPED_SIZE = 10_000  # elements of a parameter, see GroupedUpdater
 
@@ -40,10 +41,17 @@ class Module(mx.mod.Module):
         self.validation_scores: dict[str, float] = {}  # of the last epoch that was validated
         self._center_losses = find_center_losses(symbol)
         self._before_step: list[tuple[np.ndarray, np.ndarray]] = []  # (labels, their centers)
+        self._table_shape = 0, 0  # (workers, B), see _gather_from_workers
 
     def init_optimizer(self, *args, **kwargs) -> None:
         """Set up the optimizer as MXNet does, then take over initial state and rank 0's arrays."""
         super().init_optimizer(*args, **kwargs)
+        for label in self._center_losses.values() if self._is_shared() else ():
+            if label not in self._label_names:
+                raise InputError(
+                    f'several devices or workers join the centers by the labels of a batch, and '
+                    f'the label of a center loss, {label}, is not one of them: give it one'
+                )
         self._updater = GroupedUpdater(self._optimizer)
         if self.initial_state is not None:
             self._create_optimizer_state()
@@ -83,9 +91,14 @@ class Module(mx.mod.Module):
         for name, copies in self._centers():
             self._kvstore.init(name, copies[0])
             self._kvstore.pull(name, out=copies)
-            rows = (self._num_workers(), self._exec_group.batch_size, 2 + copies[0].shape[1])
-            self._kvstore.init(f'steps:{name}', mx.nd.zeros(rows))
+            self._table_shape = self._num_workers(), self._exec_group.batch_size
+            columns = 2 + copies[0].shape[1]
+            self._kvstore.init(f'steps:{name}', mx.nd.zeros((*self._table_shape, columns)))
         self._params_dirty = True
+
+    def _is_shared(self):
+        """Whether a batch is shared by several devices or workers."""
+        return len(self._context) > 1 or self._num_workers() > 1
 
     def _num_workers(self):
         return self._kvstore.num_workers if self._kvstore else 1
@@ -121,7 +134,7 @@ class Module(mx.mod.Module):
 
     def forward_backward(self, data_batch: mx.io.DataBatch) -> None:
         """Compute outputs and gradients of one batch; the centers of each device move."""
-        if len(self._context) > 1 or self._num_workers() > 1:
+        if self._is_shared():
             labels = dict(zip(self._label_names, data_batch.label, strict=True))
             for name, copies in self._centers():
                 label = labels[self._center_losses[name]].asnumpy().astype(np.int64)  # (B,)
@@ -165,11 +178,11 @@ class Module(mx.mod.Module):
     def _gather_from_workers(self, name, classes, count, step):
         """Return every worker's (classes, count, step), in the order of their ranks.
 
-        The kvstore can only sum: every worker fills its own rows of a table (workers, B, 2 + d).
-        The traffic grows with the total batch, not with K.
+        The kvstore can only sum: every worker fills its own rows of a table (workers, B, 2 + d),
+        where B is the first batch's: the last one may be smaller. The traffic grows with the total
+        batch, not with K.
         """
-        shape = (self._num_workers(), self._exec_group.batch_size, 2 + step.shape[1])
-        table = np.zeros(shape, np.float32)
+        table = np.zeros((*self._table_shape, 2 + step.shape[1]), np.float32)
         table[self._kvstore.rank, : len(classes)] = np.column_stack([classes, count, step])
         table = mx.nd.array(table)
         self._kvstore.pushpull(f'steps:{name}', table, out=table)

@@ -14,6 +14,7 @@ from pathlib import Path
 import subprocess
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -174,7 +175,8 @@ def save_picture(figure: Figure, path: Path) -> None:
     A PNG gets a palette: it has a third of the size and looks the same.
     """
     kind = path.suffix[1:].lower()
-    with _writing(path) as temporary:
+    with _writing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing from')  # a box is drawn in its place
         figure.savefig(temporary, format=kind, dpi=DPI)
         if kind == 'png':
             with Image.open(temporary) as image:

@@ -73,9 +73,8 @@ def find_start(
                 options=found.options,
                 path=path,
             )
-        logging.info(
-            'no checkpoint of %s to resume from: starting at the beginning', checkpoints.prefix
-        )
+        begin = 'starting at the beginning' if load_epoch is None else 'loading another one'
+        logging.info('no checkpoint of %s to resume from: %s', checkpoints.prefix, begin)
     if load_epoch is not None:
         same = os.path.abspath(source.prefix) == os.path.abspath(checkpoints.prefix)
         if in_the_way := [epoch for epoch in existing if not same or epoch > load_epoch]:
@@ -162,7 +161,7 @@ def begin_at_epoch(train: mx.io.DataIter, epoch: int) -> None:
 
 
 def warn_of_changes(start: Start, options: dict) -> None:
-    """Warn of every option that differs from those that the resumed run was trained with."""
+    """Warn of every option that differs from the one that the resumed run was trained with."""
     for name in sorted(options.keys() & start.options.keys()):
         if options[name] != start.options[name]:
             logging.warning(
@@ -177,5 +176,5 @@ def warn_of_changes(start: Start, options: dict) -> None:
 def describe_saved(prefix: str, params_paths: Sequence[Path], how_to_continue: str) -> str:
     """Return the end of a message about a run that was stopped: what is saved, how to continue."""
     if not params_paths:
-        return f'no epoch of {prefix} was finished, there is nothing to resume'
+        return f'this run of {prefix} has finished no epoch, there is nothing of it to resume'
     return f'the last whole checkpoint is {params_paths[-1]}; {how_to_continue}'

@@ -7,7 +7,9 @@ MXNet is given only what has been checked, not the file.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+import contextlib
 import hashlib
+import io
 import json
 import math
 import re
@@ -134,10 +136,12 @@ def output_shapes(
     InputError
         If the network does not fit the inputs, or has more than ``max_values`` in all for them.
     """
-    internals = network.get_internals()
+    internals, printed = network.get_internals(), io.StringIO()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # MXNet's, of shapes that it cannot infer
+        # MXNet warns of shapes that it cannot infer and prints them, beside what is wrong with an
+        # operator in Python.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(printed):
+            warnings.simplefilter('ignore')
             _, shapes, _ = internals.infer_shape(**data_shapes)
         if shapes is None:
             raise ValueError('shapes of other inputs are needed')
@@ -157,7 +161,8 @@ def output_shapes(
                 if any(size != math.prod(shapes[f'{result}_output']) for size in sizes):
                     raise ValueError(f'{result} changes the number of values')
     except (mx.MXNetError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
+        lines = [line for line in printed.getvalue().splitlines() if 'centerloss: ' in line]
+        reason = [*str(error).strip().splitlines(), *lines][-1]
         raise InputError(f'the network does not take {dict(data_shapes)}: {reason}') from None
     return shapes
 

@@ -1,5 +1,6 @@
 """What the result of a run depends on besides its options."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -33,11 +34,13 @@ def instruction_set() -> str:
 def versions() -> dict[str, str]:
     """Return the versions of the program and of what it runs on, for a log or a checkpoint.
 
-    That of the program is a digest of its source.
+    That of the program is a digest of its source, as far as it can be read.
     """
     root = Path(__file__).resolve().parent.parent
-    sources = sorted([*root.glob('*.py'), *root.glob('common/*.py')])
-    program = hashlib.sha256(b''.join(path.read_bytes() for path in sources))
+    program = hashlib.sha256()
+    for path in sorted([*root.glob('*.py'), *root.glob('common/*.py')]):
+        with contextlib.suppress(OSError):  # an editor's lock, a dangling link, looks like a script
+            program.update(path.read_bytes())
     return {
         'program': program.hexdigest()[:12],
         'python': platform.python_version(),

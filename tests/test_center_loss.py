@@ -551,8 +551,10 @@ def test_block_raises_for_a_wrong_type(data, label, problem):
 def test_block_raises_for_a_wrong_parameter():
     with pytest.raises(ValueError, match='alpha=2 is not a number from 0 to 1'):
         CenterLossBlock(3, 2, alpha=2)
-    with pytest.raises(ValueError, match='num_class=0 is not a whole number above 0'):
-        CenterLossBlock(0, 2)
+    for number in (0, 2.5):
+        with pytest.raises(ValueError, match=f'num_class={number} is not a whole number above 0'):
+            CenterLossBlock(number, 2)
+    assert block(3.0).centers.shape == (3, 2)
 
 
 @pytest.mark.parametrize('hybridize', [False, True])
@@ -563,6 +565,33 @@ def test_block_raises_for_an_invalid_label(label, shown, hybridize):
         center(mx.nd.ones((3, 2)), mx.nd.array([0, 1, label]))
     assert f'label {shown} at position 2 of the batch' in str(error.value)
     assert not center.centers.data().asnumpy().any()
+
+
+def test_invalid_label_in_a_hybridized_network(capfd):
+    """One sentence is printed; a backward does not follow a forward that failed."""
+
+    class Joint(mx.gluon.HybridBlock):
+        def __init__(self):
+            super().__init__()
+            with self.name_scope():
+                self.center = CenterLossBlock(3, 2)
+
+        def hybrid_forward(self, F, x, label):
+            return self.center(x * 2, label)
+
+    net, x = Joint(), mx.nd.ones((4, 2))
+    net.initialize()
+    net.hybridize()
+    x.attach_grad()
+    for label in (1, 7):
+        with mx.autograd.record():
+            loss = net(x, mx.nd.full(4, label))
+        loss.backward()
+        if label == 7:
+            with pytest.raises(mx.MXNetError):
+                x.grad.asnumpy()
+    said = capfd.readouterr().out
+    assert 'label 7 at position 0 of the batch' in said and 'TypeError' not in said
 
 
 # In a Module

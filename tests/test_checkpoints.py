@@ -357,6 +357,8 @@ def test_another_programs_is_kept(caplog):
     assert Checkpoints('run').epochs() == [1]
     for epoch in (1, 2):
         assert contents()[f'run-kept1-000{epoch}.params'] == before[f'run-000{epoch}.params']
+    assert contents()['run-kept1-symbol.json'] == before['run-symbol.json']
+    assert mx.model.load_checkpoint('run-kept1', 2)[0].tojson() == network().tojson()
     flip('run-0001.params', 60)
     save(1)
     assert Checkpoints('run-kept2').epochs() == [1]
@@ -929,10 +931,11 @@ def test_unwritable_prefix_is_told():
         ('folder/..', 'it has to end with'),
         ('run-0001.params/run', 'Not a directory'),
         ('\udcff', 'it is not UTF-8'),
+        ('a\nb', 'it has characters that cannot be printed'),
         ('x' * 300, 'File name too long'),
         ('folder', 'folder-symbol.json is a folder'),
     ):
-        with pytest.raises(InputError, match=f'cannot write checkpoints to .*: {reason}'):
+        with pytest.raises(InputError, match=f'(?s)cannot write checkpoints to .*: {reason}'):
             Checkpoints(prefix).check_writable()
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o555)

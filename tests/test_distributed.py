@@ -22,6 +22,7 @@ from common.module import Module
 import data
 from helpers import (
     ROOT,
+    digits,
     run_python,
     run_train,
     saved_params,
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.usefixtures('in_own_folder')
 
 DIGITS = ['--dataset=mnist-5k', '--num-examples=320']
 TRAIN = [sys.executable, str(ROOT / 'train.py'), *DIGITS]
+BATCHES = ((0, 16), (16, 32), (32, 40))
 OMP_VARIABLES = ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')
 
 # A node of a run: a worker trains the small network with the options in its argument (JSON).
@@ -51,8 +53,20 @@ def be_node(argv):
     if ROLE != 'worker':
         distributed.serve(lambda: 'no hint')
         return
-    module = train_small(kv_store='dist_sync', log_file=f'{os.getpid()}.txt', **json.loads(argv[0]))
+    options = json.loads(argv[0])
+    if options.pop('uneven', False):
+        options['data'] = uneven_parts
+    module = train_small(kv_store='dist_sync', log_file=f'{os.getpid()}.txt', **options)
     mx.nd.save(f'{os.getpid()}.weights', module.present_arrays())
+
+
+def uneven_parts(batch_size, num_parts, part_index):
+    """Two batches of 16 images and one of 8 for every worker."""
+    pair = (
+        mx.io.NDArrayIter(*digits(40, first), batch_size=batch_size)
+        for first in (40 * part_index, 2000)
+    )
+    return tuple(map(data.DualLabelWrapper, pair))
 
 
 @contextlib.contextmanager
@@ -173,6 +187,26 @@ def test_workers_equal_one_process():
     assert sorted(re.search(r'Node\[(\d)\]', log)[1] for log in logs) == ['0', '1', '2']
     assert ['Node[0]' in log for log in logs] == ['Validation-accuracy' in log for log in logs]
     assert all('Epoch[1] Train-accuracy' in log for log in logs)
+
+
+@pytest.mark.slow
+def test_last_batch_of_workers_may_be_smaller():
+    """Its centers are joined as those of any other."""
+    options = {'batch_size': 16, 'num_epochs': 2, 'uneven': True}
+    with nodes([sys.executable, '-c', NODE, json.dumps(options)], workers=2) as processes:
+        for name, process in processes.items():
+            _, stderr = process.communicate(timeout=120)
+            assert process.returncode == 0, (name, stderr)
+    first, other = (mx.nd.load(str(path)) for path in Path().glob('*.weights'))
+    for name in first:
+        np.testing.assert_array_equal(first[name].asnumpy(), other[name].asnumpy(), name)
+    images, labels = digits(80)
+    # The same images in the same steps: 32, 32 and 16 of them.
+    order = np.concatenate([[*range(i, j), *range(40 + i, 40 + j)] for i, j in BATCHES])
+    alone = mx.io.NDArrayIter(images[order], labels[order], batch_size=32)
+    pair = data.DualLabelWrapper(alone), uneven_parts(16, 2, 0)[1]
+    train_small(data=pair, batch_size=32, num_epochs=2, save_model_prefix='alone')
+    assert_close(saved_arrays('run', 2), saved_arrays('alone', 2), rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.slow

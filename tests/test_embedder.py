@@ -77,7 +77,8 @@ def test_facts_of_a_run(run, sample):
 def test_facts_of_the_data():
     train, _ = data.mnist_iterator(50, dataset='mnist-5k', num_classes=6)
     facts = {'dataset': 'mnist-5k', 'classes': list(range(6)), 'class_names': list('012345')}
-    assert train.data_facts == {**facts, 'image_shape': [28, 28]}
+    sha256 = data.load_digits('mnist-5k').sha256
+    assert train.data_facts == {**facts, 'image_shape': [28, 28], 'sha256': sha256}
 
 
 def test_older_checkpoint(run, sample):

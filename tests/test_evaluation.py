@@ -242,6 +242,8 @@ def test_evaluate_unseen_classes(runs, sample):
     assert measured.verification == verify(measured.embeddings[~seen], labels[~seen])
     only_unseen = evaluate(runs / 'six', 1, images[~seen], labels[~seen])
     assert math.isnan(only_unseen.accuracy) and only_unseen.num_classified == 0
+    one_unseen = labels < 7
+    assert evaluate(runs / 'six', 1, images[one_unseen], labels[one_unseen]).verification == {}
 
 
 @pytest.mark.parametrize('dimensions', [2, 5])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from common.environment import mx
+from common.errors import InputError
 from common.module import (
     MAX_GROUPED_SIZE,
     Module,
@@ -212,6 +213,15 @@ def test_optimizer_state_is_taken_over(optimizer, options, states, devices):
         {name: value.asnumpy() for name, value in two.optimizer_state().items()},
         {name: value.asnumpy() for name, value in one.optimizer_state().items()},
     )
+
+
+def test_label_of_a_shared_batch_is_one_of_its_labels():
+    label = mx.sym.Cast(mx.sym.var('center_label'), dtype='float32', name='cast')
+    network = small_network(label=label)
+    make_module(network, 20).init_optimizer(kvstore=None)
+    module = make_module(network, 20, devices=2)
+    with pytest.raises(InputError, match='the label of a center loss, cast, is not one of them'):
+        module.init_optimizer(kvstore='local')
 
 
 def test_center_losses_are_found_in_the_symbol():

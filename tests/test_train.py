@@ -246,6 +246,34 @@ def test_resume_names_other_data(main, tmp_path):
     assert said in Path('log.txt').read_text()
 
 
+def test_resume_names_other_classes(main):
+    """An option that one of the two runs did not have is one that differs."""
+    main(*QUICK, '--num-classes=3')
+    main(*QUICK, '--classes=2,1,0', '--num-epochs=2', '--resume')
+    log = Path('log.txt').read_text()
+    for said in 'classes=[2, 1, 0], while {} with None', 'num_classes=None, while {} with 3':
+        assert f'resuming with {said.format("center_loss-0001.params was trained")}' in log
+
+
+def test_resume_names_other_files(main, tmp_path):
+    for name, size in ('one', 28), ('other', 28):
+        (tmp_path / name).mkdir()
+        write_idx(tmp_path / name, size, 10)
+    changed = tmp_path / 'other' / 't10k-images-idx3-ubyte'
+    changed.write_bytes(changed.read_bytes()[:-1] + b'\7')
+    line = ['--batch-size=10', '--resume']
+    main(*line, f'--data-dir={tmp_path / "one"}', '--num-epochs=1')
+    (tmp_path / 'one').rename(tmp_path / 'moved')
+    main(*line, f'--data-dir={tmp_path / "moved"}', '--num-epochs=2')
+    assert 'resuming with' not in Path('log.txt').read_text()
+    main(*line, f'--data-dir={tmp_path / "other"}', '--num-epochs=3')
+    assert 'resuming with data_sha256=' in Path('log.txt').read_text()
+
+
+def test_no_picture_of_one_dimension(main):
+    assert main(*QUICK, '--embedding-dim=1').out.endswith('0%\n')
+
+
 @pytest.mark.slow
 def test_some_classes(main):
     """Networks, accuracy and verification are the same whatever the classes are called."""
@@ -266,9 +294,19 @@ def test_some_classes(main):
 
 
 def test_images_too_small_for_the_network(main, tmp_path):
-    write_idx(tmp_path, 12, 2)
-    with pytest.raises(InputError, match=r"does not take \{'data': \(2, 1, 12, 12\)"):
-        main(f'--data-dir={tmp_path}', '--batch-size=2')
+    for network, size in ('lenet', 16), ('lenet++', 8):
+        said = f'images of {size - 1} x {size - 1} pixels are too small for --network={network}'
+        for side, expected in (
+            (size - 1, pytest.raises(InputError, match=re.escape(said))),
+            (
+                size,
+                contextlib.nullcontext(),
+            ),
+        ):
+            write_idx(tmp_path, side, 2)
+            line = [f'--data-dir={tmp_path}', '--batch-size=2', '--num-epochs=1']
+            with expected:
+                main(*line, f'--network={network}', f'--save-model-prefix={network}')
 
 
 def test_library_call(main, monkeypatch):
@@ -347,7 +385,7 @@ def test_workers_are_train(main, monkeypatch):
     ((command, count, hint),) = calls
     assert command == [sys.executable, str(ROOT / 'train.py'), *QUICK, '--num-workers=2']
     assert count == 2 and hint() == (
-        'no epoch of center_loss was finished, there is nothing to resume'
+        'this run of center_loss has finished no epoch, there is nothing of it to resume'
     )
 
 

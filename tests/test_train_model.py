@@ -775,12 +775,15 @@ def test_compute_network_trains_alike():
         np.testing.assert_allclose(fast[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-def test_validation_batches_are_shared_by_devices():
+def test_batches_are_shared_by_devices():
     with pytest.raises(
         InputError, match='a validation batch of 1 images cannot be shared by 2 devices'
     ):
         pair = small_data(100)(100)[0], mx.io.NDArrayIter(*digits(1), batch_size=1)
         train_small(data=pair, devices=[mx.cpu(0), mx.cpu(1)])
+    with pytest.raises(InputError, match='a training batch of 1 images cannot be shared by 2 dev'):
+        uneven = data.DualLabelWrapper(mx.io.NDArrayIter(*digits(51), batch_size=50))
+        train_small(data=(uneven, small_data(100)(100)[1]), devices=[mx.cpu(0), mx.cpu(1)])
     with pytest.raises(InputError, match='cannot be shared equally by 2 devices'):
         train_small(batch_size=25, devices=[mx.cpu(0), mx.cpu(1)])
 
@@ -817,7 +820,7 @@ def test_collapse_is_not_saved():
     with pytest.raises(
         Diverged,
         match=r'all classes are on one point of the embedding, Validation-accuracy is 0\.1000 in '
-        r'epoch 1, batch 40; .*; no epoch of run was finished',
+        r'epoch 1, batch 40; .*; this run of run has finished no epoch',
     ):
         train_small(
             train.get_symbol(**options),
@@ -901,7 +904,7 @@ def test_failed_save_keeps_the_checkpoints(uninterrupted):
         ):
             train_small(resume=True)
         with pytest.raises(
-            InputError, match=r'cannot write the checkpoint of epoch 1 .*; no epoch of run was'
+            InputError, match=r'cannot write the checkpoint of epoch 1 .*; this run of run has'
         ):
             train_small(seed=5)
     finally:
@@ -1038,7 +1041,8 @@ def test_stopped_in_the_first_epoch():
         _, said = process.communicate(timeout=60)
     assert process.returncode == 143
     assert said.splitlines()[-1].endswith(
-        'stopped: no epoch of center_loss was finished, there is nothing to resume'
+        'stopped: this run of center_loss has finished no epoch, there is nothing of it to '
+        'resume'
     )
 
 

@@ -602,6 +602,22 @@ def test_curves_of_odd_numbers(tmp_path, draw):
     assert len(figure.axes) == 3
 
 
+@pytest.mark.filterwarnings('error')
+def test_accuracy_of_one(tmp_path):
+    (tmp_path / 'log.txt').write_text('x Epoch[0] Validation-accuracy=1.000000\n')
+    figure, _ = draw_curves([tmp_path / 'log.txt'])
+    bottom, top = figure.axes[0].get_ylim()
+    assert bottom < 1 < top
+
+
+@pytest.mark.filterwarnings('error')
+def test_name_that_the_font_lacks(tmp_path):
+    figure, ((ax,),) = pictures.new_figure(1, 1, 3, 3)
+    ax.set_title('数字')
+    pictures.save_picture(figure, tmp_path / 'picture.png')
+    assert (tmp_path / 'picture.png').exists()
+
+
 def test_accuracy_limits(tmp_path):
     """The first epochs do not press the others against the upper edge."""
     lines = [
