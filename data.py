@@ -467,10 +467,10 @@ def read_folder(folder: Path, name: str | None) -> Digits:
         )
     if images[0].shape != val_images[0].shape:
         raise InputError(f'{source}: images of {_size(images)} and of {_size(val_images)} pixels')
-    if images.max() <= 1:
+    if images.max() == 1:
         raise InputError(
-            f'{source}: the pixels of the training images are from 0 to {images.max()}, not from 0 '
-            'to 255: scale them'
+            f'{source}: the pixels of the training images are from 0 to 1, not from 0 to 255: '
+            'multiply them by 255'
         )
     num_classes = int(labels.max()) + 1
     if val_labels.max() >= num_classes:

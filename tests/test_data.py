@@ -584,6 +584,15 @@ def test_own_data_that_do_not_fit_are_refused(options, message, tmp_path):
         load_digits('auto', tmp_path)
 
 
+def test_pixels_of_0_and_1_are_refused(tmp_path):
+    files = custom_set((2, 2), 2)
+    write_set(tmp_path, files={**files, IMAGES: raw_images(4, (2, 2), content=b'\0\1\1\0' * 4)})
+    with pytest.raises(
+        InputError, match='are from 0 to 1, not from 0 to 255: multiply them by 255'
+    ):
+        load_digits('auto', tmp_path)
+
+
 def test_labels_are_no_images(tmp_path):
     write_set(tmp_path, files={**RAW, VAL_IMAGES: RAW[VAL_LABELS]})
     with pytest.raises(InputError, match='images need 3 dimensions'):

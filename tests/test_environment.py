@@ -6,6 +6,7 @@ import pytest
 
 import common.environment
 from common.environment import available_cpus
+from common import versions
 from helpers import ROOT, run_python
 
 CHOSEN = ('MXNET_ENGINE_TYPE', 'OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'DMLC_ROLE')
@@ -131,3 +132,16 @@ for step in range(300):
 print('end')
 """
     assert run_program(text, stub=False, MXNET_ENGINE_TYPE=engine) == ['end']
+
+
+def test_versions_with_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    """An editor's lock is a dangling link beside the script that is being edited."""
+    (tmp_path / 'common').mkdir()
+    (tmp_path / 'script.py').write_text('1')
+    monkeypatch.setattr(versions, '__file__', str(tmp_path / 'common' / 'versions.py'))
+    before = versions.versions.__wrapped__()
+    (tmp_path / '.#script.py').symlink_to('someone@somewhere.1')
+    (tmp_path / 'folder.py').mkdir()
+    assert versions.versions.__wrapped__() == before
+    (tmp_path / 'script.py').write_text('2')
+    assert versions.versions.__wrapped__() != before

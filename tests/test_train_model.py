@@ -1041,8 +1041,7 @@ def test_stopped_in_the_first_epoch():
         _, said = process.communicate(timeout=60)
     assert process.returncode == 143
     assert said.splitlines()[-1].endswith(
-        'stopped: this run of center_loss has finished no epoch, there is nothing of it to '
-        'resume'
+        'stopped: this run of center_loss has finished no epoch, there is nothing of it to resume'
     )
 
 
