@@ -43,8 +43,15 @@ CHECKED_BATCHES = 10  # of validation images, to see a collapse that an average 
 
 # Options that a continued run may change without changing a single weight.
 NOT_COMPARED = {
-    *('data_dir', 'keep_checkpoints', 'load_epoch', 'log_dir', 'log_file'),
-    *('model_prefix', 'num_epochs', 'resume', 'save_model_prefix'),
+    'data_dir',
+    'keep_checkpoints',
+    'load_epoch',
+    'log_dir',
+    'log_file',
+    'model_prefix',
+    'num_epochs',
+    'resume',
+    'save_model_prefix',
 }
 
 
@@ -176,7 +183,7 @@ def fit(
             stack.enter_context(checkpoints.lock())
 
         # Where to begin: at a checkpoint that rank 0 has read, or at epoch 0.
-        start = Start()
+        start, earlier, first_epoch = Start(), [], 0
         if kv.rank == 0:
             earlier = checkpoints.epochs()
             source = Checkpoints(model_prefix or save_model_prefix)
@@ -214,12 +221,22 @@ def fit(
         # What determines the result. Workers have to agree on it, and a continuation is compared.
         options = {
             **{key: value for key, value in (record or {}).items() if key not in NOT_COMPARED},
-            **{'batch_size': batch_size, 'optimizer': optimizer, 'lr': lr, 'momentum': momentum},
-            **{'wd': wd, 'clip_gradient': clip_gradient, 'lr_factor': lr_factor},
-            **{'lr_factor_epoch': lr_factor_epoch, 'warmup_epochs': warmup_epochs},
-            **{'average_weights': average_weights, 'seed': seed, 'kv_store': kv_store},
-            **{'num_workers': kv.num_workers, 'batches_per_epoch': num_batches},
-            **{'trained_on': data_facts.get('dataset'), 'data_sha256': data_facts.get('sha256')},
+            'batch_size': batch_size,
+            'optimizer': optimizer,
+            'lr': lr,
+            'momentum': momentum,
+            'wd': wd,
+            'clip_gradient': clip_gradient,
+            'lr_factor': lr_factor,
+            'lr_factor_epoch': lr_factor_epoch,
+            'warmup_epochs': warmup_epochs,
+            'average_weights': average_weights,
+            'seed': seed,
+            'kv_store': kv_store,
+            'num_workers': kv.num_workers,
+            'batches_per_epoch': num_batches,
+            'trained_on': data_facts.get('dataset'),
+            'data_sha256': data_facts.get('sha256'),
         }
         options, data_facts = json.loads(json.dumps([options, data_facts]))
         logging.info('versions: %s', json.dumps(versions()))

@@ -29,9 +29,9 @@ from common.distributed import serve
 from common.launcher import run_workers
 from common.module import Module
 from common.training_options import device_numbers
+from tools.measuring import LABELS
 from train_model import fit
 
-LABELS = ('softmax_label', 'center_label')
 CENTERS = 'center_loss_center_bias'
 
 
