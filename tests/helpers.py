@@ -20,18 +20,18 @@ LABELS = ['softmax_label', 'center_label']
 NUM_BATCHES = 20  # of 50 images, in an epoch of train_small
 
 
-def small_network(embedding_dim=2, hidden=16, weight=0.1, label=None):
+def small_network(embedding_dim=2, hidden=16, weight=0.1, label=None, num_classes=10):
     net = mx.sym.flatten(mx.sym.var('data'))
     net = mx.sym.FullyConnected(net, num_hidden=hidden, name='fc1')
     net = mx.sym.Activation(net, act_type='tanh')
     embedding = mx.sym.FullyConnected(net, num_hidden=embedding_dim, name='embedding')
-    logits = mx.sym.FullyConnected(embedding, num_hidden=10, name='fc2')
+    logits = mx.sym.FullyConnected(embedding, num_hidden=num_classes, name='fc2')
     center = mx.sym.Custom(
         data=embedding,
         label=mx.sym.var('center_label') if label is None else label,
         op_type='centerloss',
         name='center_loss',
-        num_class=10,
+        num_class=num_classes,
         scale=weight,
         normalization='null',
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.environment import mx
-from common.discriminants import discriminant_params, fisher_discriminants
+from common.discriminants import SHRINKAGE, discriminant_params, fisher_discriminants
 from common.errors import InputError
 from data import mnist_iterator
 from train import INITIALIZERS, get_symbol
@@ -14,17 +14,25 @@ from train import INITIALIZERS, get_symbol
 INITIALIZER = INITIALIZERS['small-head']
 
 
-def test_directions_of_gaussians():
-    """Three classes on a line, with more noise than distance in another direction."""
+def test_directions_maximize_the_ratio():
+    """Of the spread of the class means to that within the classes, which are correlated."""
     rng = np.random.default_rng(0)
-    labels = np.arange(3000) % 3
-    features = rng.normal(size=(3000, 4)) * [1, 1, 20, 1]
-    features[:, 1] += 6 * labels
-    assert features[:, 2].std() > features[:, 1].std()
+    labels = np.arange(600) % 4
+    means = 2 * rng.normal(size=(4, 6))
+    features = rng.normal(size=(600, 6)) @ rng.normal(size=(6, 6)) + means[labels]
     directions = fisher_discriminants(features, labels)
-    assert directions.shape == (2, 4)
-    leading = directions[0] / np.linalg.norm(directions[0])
-    assert abs(leading[1]) > 0.99
+    assert directions.shape == (3, 6)
+    classes = [features[labels == label] for label in range(4)]
+    within = sum(np.cov(members.T, bias=True) for members in classes) / 4
+    within += SHRINKAGE * np.trace(within) / 6 * np.eye(6)
+    means = np.stack([members.mean(axis=0) for members in classes])
+    between = (means - means.mean(axis=0)).T @ (means - means.mean(axis=0))
+    ratios = np.array([w @ between @ w / (w @ within @ w) for w in directions])
+    np.testing.assert_allclose(
+        between @ directions.T, within @ directions.T * ratios, rtol=1e-6, atol=1e-9
+    )
+    largest = np.linalg.eigvals(np.linalg.solve(within, between)).real.max()
+    assert (np.diff(ratios) < 0).all() and ratios[0] == pytest.approx(largest)
     other_names = fisher_discriminants(features, 7 - labels)
     np.testing.assert_allclose(abs(other_names), abs(directions), rtol=1e-6)
 
@@ -114,7 +122,7 @@ def test_digits_are_separated():
     network, params, random, val = begin()
     x, labels = embeddings(network, params, val)
     assert abs(x.mean(axis=0)).max() < 0.05  # around the origin
-    assert separation(x, labels) > 1.5 * separation(*embeddings(network, random, val))
+    assert separation(x, labels) > 2.5 * separation(*embeddings(network, random, val))
 
 
 @pytest.mark.parametrize('options', [{}, {'no_bias': True}, {'embedding_dim': 12}])

@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 
 from common.checkpoints import Checkpoints
-from common.embedder import TRAINED, Embedder, choose_run
+from common.embedder import TRAINED, Embedded, Embedder, choose_run
 from common.errors import Failure, InputError
 from common.evaluation import embed
 import data
@@ -93,13 +93,17 @@ def test_older_checkpoint(run, sample):
 
 
 def test_unlike_all():
-    """No digits, for the network that comes with the program."""
-    noise = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
+    """Beyond the distance to the nearest center, not at it."""
+    distances = np.array([[3, 1.9], [2, 9], [2.1, 2.2]], 'f')
+    embedded = Embedded(np.zeros((3, 2)), np.full((3, 2), 0.5), distances, np.float32(2))
+    assert embedded.is_unlike_all.tolist() == [False, False, True]
     digits = data.load_digits('mnist-5k').val_images[:200]
-    embedder = Embedder(TRAINED)
-    assert embedder(digits).is_unlike_all.mean() <= 0.03
-    nearest = [embedder(images).distances.min(axis=1).mean() for images in (digits, noise)]
-    assert nearest[0] < nearest[1]
+    assert Embedder(TRAINED)(digits).is_unlike_all.mean() <= 0.03
+
+
+def test_images_of_another_size(run):
+    with pytest.raises(InputError, match='was trained on images of 28 x 28 pixels, and these have'):
+        Embedder(run, image_shape=(24, 24))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from common.environment import mx
+from common import evaluation
 from common.checkpoints import Checkpoints
 from common.errors import InputError
 from common.evaluation import (
@@ -17,6 +18,7 @@ from common.evaluation import (
     verify,
 )
 import data
+from helpers import small_network
 import train
 import vis
 
@@ -32,9 +34,9 @@ def sample():
 def runs(tmp_path_factory):
     """A folder with untrained checkpoints: small, six (of ten classes), other (another network)."""
     folder = tmp_path_factory.mktemp('runs')
-    save_untrained(folder / 'small', network(center_loss_weight=0.1))
-    save_untrained(folder / 'six', network(num_classes=6, embedding_dim=3))
-    hidden = network().get_internals()['fc1_output']
+    save_untrained(folder / 'small', small_network(weight=0.1))
+    save_untrained(folder / 'six', small_network(num_classes=6, embedding_dim=3))
+    hidden = small_network().get_internals()['fc1_output']
     logits = mx.sym.FullyConnected(hidden, num_hidden=10, name='fc2')
     save_untrained(folder / 'other', mx.sym.SoftmaxOutput(logits, name='softmax'))
     return folder
@@ -43,24 +45,6 @@ def runs(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def network(num_classes=10, embedding_dim=2, center_loss_weight=0.01):
-    """A small network with the layers that train.py's networks end in."""
-    net = mx.sym.FullyConnected(mx.sym.flatten(mx.sym.var('data')), num_hidden=16, name='fc1')
-    net = mx.sym.Activation(net, act_type='tanh')
-    embedding = mx.sym.FullyConnected(net, num_hidden=embedding_dim, name='embedding')
-    logits = mx.sym.FullyConnected(embedding, num_hidden=num_classes, name='fc2')
-    center_loss = mx.sym.Custom(
-        data=embedding,
-        label=mx.sym.var('center_label'),
-        op_type='centerloss',
-        name='center_loss',
-        num_class=num_classes,
-        scale=center_loss_weight,
-        normalization='null',
-    )
-    return mx.sym.Group([mx.sym.SoftmaxOutput(logits, name='softmax'), center_loss])
 
 
 def random_params(symbol, seed=1, size=28):
@@ -208,7 +192,7 @@ def test_other_network(prefix, runs, sample, tmp_path):
 
 
 def test_not_finite(sample):
-    symbol = network()
+    symbol = small_network()
     arg_params, aux_params = random_params(symbol)
     arg_params['embedding_bias'][:] = np.nan
     Checkpoints('nan').save(1, symbol, arg_params, aux_params, {}, {})
@@ -240,6 +224,8 @@ def test_evaluate_unseen_classes(runs, sample):
     assert measured.accuracy == np.mean(probability.argmax(axis=1)[seen] == labels[seen])
     assert (measured.seen, measured.num_classified) == (tuple(range(6)), seen.sum())
     assert measured.verification == verify(measured.embeddings[~seen], labels[~seen])
+    by_hand = statistics_by_hand(measured.embeddings, labels)  # of all classes
+    assert measured.clusters == pytest.approx(by_hand, rel=1e-4)
     only_unseen = evaluate(runs / 'six', 1, images[~seen], labels[~seen])
     assert math.isnan(only_unseen.accuracy) and only_unseen.num_classified == 0
     one_unseen = labels < 7
@@ -289,7 +275,7 @@ def test_verification(dimensions, step):
 
 
 @pytest.mark.parametrize('dimensions', [3, 20])
-def test_verify(dimensions):
+def test_verify(dimensions, monkeypatch):
     rng = np.random.default_rng(dimensions)
     labels = rng.integers(6, 10, 40)
     means = rng.normal(size=(10, dimensions))
@@ -302,6 +288,13 @@ def test_verify(dimensions):
     assert list(measured) == list(distances)
     for name, distance in distances.items():
         assert measured[name] == pytest.approx(verification_by_hand(embeddings, labels, distance))
+
+    assert evaluation.VERIFIED_IMAGES == 4000
+    monkeypatch.setattr(evaluation, 'VERIFIED_IMAGES', 30)
+    sample = np.random.default_rng(0).permutation(40)[:30]
+    for name, distance in distances.items():
+        by_hand = verification_by_hand(embeddings[sample], labels[sample], distance)
+        assert verify(embeddings, labels)[name] == pytest.approx(by_hand)
 
 
 def test_verification_limits():

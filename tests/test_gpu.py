@@ -239,9 +239,13 @@ def test_gpus_compute_the_plain_network(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train.main(argv)
         assert ('compute_network' in seen) == vectorized
-        digits = types.SimpleNamespace(data_facts={'class_names': tuple('0123456789')})
+        facts = {'class_names': tuple('0123456789'), 'image_shape': [28, 28]}
+        digits = types.SimpleNamespace(data_facts=facts)
         operations = seen['network'](digits).get_internals().list_outputs()
         assert 'conv1_output' in operations and 'image_three_times_output' not in operations
+        if vectorized:
+            operations = seen['compute_network'](digits).get_internals().list_outputs()
+            assert 'image_three_times_output' in operations
 
 
 def test_settings():

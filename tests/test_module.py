@@ -7,6 +7,7 @@ from common.environment import mx
 from common.errors import InputError
 from common.module import (
     MAX_GROUPED_SIZE,
+    GroupedUpdater,
     Module,
     find_center_losses,
     merge_class_sums,
@@ -159,13 +160,13 @@ def test_sgd_by_hand():
 
 def test_large_parameters_are_grouped():
     """Without small parameters, and without large ones, every parameter is still updated."""
-    for hidden, sizes in ((16, {False, True}), (1, {False})):
-        module = make_module(small_network(hidden=hidden), 50)
-        before = numpy_params(module)
-        step(module, *digits(50), learning_rate=0.1)
-        after = numpy_params(module)
-        assert all((before[name] != after[name]).any() for name in before)
-        assert {value.size > MAX_GROUPED_SIZE for value in before.values()} == sizes
+    sizes = 3, MAX_GROUPED_SIZE + 1
+    for chosen in (sizes, sizes[:1], sizes[1:]):
+        updater = GroupedUpdater(mx.optimizer.SGD(learning_rate=0.5, wd=0))
+        weights = [mx.nd.ones(size) for size in chosen]
+        updater([*range(len(chosen))], [mx.nd.ones(size) for size in chosen], weights)
+        for weight in weights:
+            assert (weight.asnumpy() == 0.5).all()
 
 
 @pytest.mark.parametrize('devices', [1, 2])

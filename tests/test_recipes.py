@@ -109,7 +109,7 @@ def test_seeds_are_independent(initializer, network):
             for name, value in numpy_params(module).items()
             if name.endswith('weight')
         }
-    assert len(weights[0]) == 5 if network == 'lenet' else 8
+    assert len(weights[0]) == (5 if network == 'lenet' else 8)
     for first, second in ((0, 1), (101, 102), (1, 101)):
         for name in weights[0]:
             shared = np.isin(weights[second][name], weights[first][name]).mean()

@@ -1,5 +1,6 @@
 """The program of the documentation's results, in small: runs, tables, pictures, a second start."""
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +17,13 @@ import pytest
 from common.checkpoints import Checkpoints
 from common.embedder import TRAINED, Embedder
 from common.errors import InputError
-from common.evaluation import cluster_statistics, embed
+from common.evaluation import (
+    ClusterStatistics,
+    Evaluation,
+    Verification,
+    cluster_statistics,
+    embed,
+)
 from common.pictures import picture_style
 import data
 from helpers import ROOT, run_python
@@ -129,7 +137,9 @@ def test_stopped_program_continues(in_own_folder, monkeypatch):
     )
     with process:
         seen = set()
-        while len(seen) < 2 and process.poll() is None:
+        deadline = time.monotonic() + 120
+        while len(seen) < 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
             seen = {name for name, prefix in prefixes.items() if whole_epochs(prefix)}
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
@@ -262,20 +272,63 @@ def test_runs_are_in_parts():
 @pytest.mark.parametrize('dataset', ['mnist', 'fashion-mnist', 'mnist-5k'])
 def test_parts_by_dataset(dataset, in_own_folder, monkeypatch):
     """Each has the runs of its tables, and no other."""
-    started = set()
+    started = {}
 
     def train_none(unfinished, jobs):
-        started.update(run.name for run in unfinished)
+        started.update({run.name: run.options for run in unfinished})
         raise InputError('enough')
 
     monkeypatch.setattr(reproduce, 'train_all', train_none)
     with pytest.raises(InputError, match='enough'):
-        reproduce.main([f'--dataset={dataset}'])
+        reproduce.main([f'--dataset={dataset}', '--num-epochs=3'])
     fashion = {'lenet++', 'lenet++-128', 'open-set-6'}
     parts = {'fashion-mnist': fashion, 'mnist-5k': {'lambda', 'alpha'}}.get(
         dataset, {*experiments.PARTS} - {'lenet++-128'}
     )
-    assert started == {name for part in parts for name in experiments.PARTS[part].runs()}
+    assert started.keys() == {name for part in parts for name in experiments.PARTS[part].runs()}
+    for name, options in started.items():  # those of a run win over those of all of them
+        plus_plus = name.startswith(('lenet++', 'paper'))
+        assert options.batch_size == (64 if plus_plus else 128)
+        given = {'longer': 20, 'lenet++': 6, 'paper': 6}
+        assert options.num_epochs == given.get(name.partition('-')[0], 3)
+
+
+def test_values_have_their_names(in_own_folder, monkeypatch):
+    """Those of unseen classes too, and of the seconds the median."""
+    measured = Evaluation(
+        embeddings=np.zeros((4, 2), 'f'),
+        predicted=np.array([0, 1, 1, 0]),
+        seen=(0, 1),
+        num_classified=4,
+        accuracy=0.5,
+        clusters=ClusterStatistics(1, 2, 3),
+        verification={'Euclidean': Verification(0.9, 0.8), 'cosine': Verification(0.7, 0.6)},
+    )
+    digits = SimpleNamespace(val_images=None, val_labels=np.array([0, 0, 1, 1]))
+    centers = SimpleNamespace(centers=np.zeros((2, 2)))
+    monkeypatch.setattr(runs, 'evaluate', lambda *arguments: measured)
+    monkeypatch.setattr(runs, 'load_digits', lambda *arguments: digits)
+    monkeypatch.setattr(runs, 'Embedder', lambda *arguments: centers)
+    args = argparse.Namespace(
+        work=in_own_folder,
+        dataset='mnist-5k',
+        data_dir=None,
+        num_epochs=None,
+        num_examples=None,
+        options='',
+    )
+    run = runs.Run('open-set-0-2-1', 0, args)
+    run.folder.mkdir()
+    lines = [f'x Epoch[{epoch}] Validation-accuracy=0.{epoch + 1}' for epoch in range(8)]
+    lines += [f'x Epoch[0] Time cost={seconds}' for seconds in (1, 9, 2)]
+    run.log.write_text('\n'.join([*lines, 'x versions: {"mxnet": "1.9.1"}', '']))
+    found = run.measure()
+    expected = {'accuracy': 0.5, 'intra': 1, 'inter': 2, 'ratio': 3, 's/epoch': 2}
+    expected |= {'AUC': 0.9, 'TA at 1% FA': 0.8, 'AUC (cosine)': 0.7, 'TA (cosine)': 0.6}
+    assert {name: found[name] for name in runs.VALUES} == expected
+    assert found['course'] == [(epoch + 1) / 10 for epoch in range(8)]
+    assert found['confusions'] == {'0-1': 2}
+    assert found['made_by']['mxnet'] == '1.9.1'
 
 
 def test_splits_leave_four_classes_out():

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import inspect
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import types
 
 import numpy as np
 import pytest
@@ -19,12 +21,14 @@ from common.environment import mx
 from common.checkpoints import Checkpoints
 from common.command_line import run_script
 from common.devices import check_equal_shares, choose_devices
+from common.discriminants import discriminant_params
 from common.errors import InputError
 from common.evaluation import evaluate, verify
 from common.monitoring import Diverged
 import data
 from helpers import ROOT, epoch_lines, logged, run_train, saved_params
 import train
+import train_model
 import vis
 
 QUICK = ['--dataset=mnist-5k', '--num-examples=200', '--num-epochs=1', '--batch-size=50']
@@ -268,6 +272,42 @@ def test_resume_names_other_files(main, tmp_path):
     assert 'resuming with' not in Path('log.txt').read_text()
     main(*line, f'--data-dir={tmp_path / "other"}', '--num-epochs=3')
     assert 'resuming with data_sha256=' in Path('log.txt').read_text()
+
+
+def test_options_arrive(monkeypatch):
+    """At the network, in both its forms, at the data and at fit."""
+    seen = {}
+
+    def fit(network, load_data, **options):
+        seen.update(options, network=network, data=load_data.keywords)
+        raise KeyboardInterrupt
+
+    fit.__signature__ = inspect.signature(train_model.fit)
+    monkeypatch.setattr(train, 'fit', fit)
+    line = '--seed=3 --alpha=0.25 --no-bias --center-loss-weight=0.3 --embedding-lr-mult=0.4'
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*line.split(), '--wd=0.01', '--momentum=0.5', '--validate-on=held-out'])
+    assert seen['data']['seed'] == seen['seed'] == 3
+    assert seen['data']['validate_on'] == 'held-out'
+    assert (seen['wd'], seen['momentum']) == (0.01, 0.5)
+    assert seen['initializer'] is train.INITIALIZERS['small-head']
+    assert seen['initial_params'] is discriminant_params
+    facts = {'class_names': tuple('0123456789'), 'image_shape': [28, 28]}
+    for form in ('network', 'compute_network'):
+        network = seen[form](types.SimpleNamespace(data_facts=facts))
+        attributes = network.attr_dict()
+        center_loss = attributes['center_loss']
+        assert (center_loss['alpha'], center_loss['scale']) == ('0.25', '0.3')
+        assert attributes['embedding_weight']['__lr_mult__'] == '0.4'
+        assert not {'embedding_bias', 'fc2_bias'} & {*network.list_arguments()}
+
+
+def test_every_option_is_used():
+    """By the network, the training or the data; main itself takes the others."""
+    used = {'cpus', 'gpus', 'initial_embedding', 'num_workers', 'recipe'}
+    for function in (train.get_symbol, train_model.fit, data.mnist_iterator):
+        used |= inspect.signature(function).parameters.keys()
+    assert vars(train.parse_args([])).keys() <= used
 
 
 def test_no_picture_of_one_dimension(main):

@@ -221,6 +221,14 @@ def test_keep_checkpoints(keep):
     assert_same_checkpoints('run', 'whole', [6])
 
 
+def test_keep_checkpoints_keeps_the_one_that_was_loaded():
+    train_small(num_epochs=1, num_examples=50)
+    train_small(num_epochs=3, num_examples=50, keep_checkpoints=1, load_epoch=1)
+    assert Checkpoints('run').epochs() == [1, 3]
+    train_small(num_epochs=4, num_examples=50, keep_checkpoints=1, resume=True)
+    assert Checkpoints('run').epochs() == [1, 4]
+
+
 # ---- starting from a checkpoint that is loaded
 
 

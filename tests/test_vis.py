@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 import pytest
 import seaborn
-from test_evaluation import embed_by_hand, network, save_untrained, statistics_by_hand
+from test_evaluation import embed_by_hand, save_untrained, statistics_by_hand
 
 from common.environment import mx
 from common import pictures
@@ -23,7 +23,7 @@ from common.curves import draw_curves, read_log, validation_images
 from common.errors import Failure, InputError
 from common.evaluation import verify
 import data
-from helpers import ROOT, logged, run_python
+from helpers import ROOT, logged, run_python, small_network
 import train
 import vis
 
@@ -65,13 +65,13 @@ def runs(tmp_path_factory):
     """A folder with untrained runs: center_loss (2 epochs), softmax, and some special ones."""
     folder = tmp_path_factory.mktemp('runs')
     for epoch in (1, 2):
-        save_untrained(folder / 'center_loss', network(center_loss_weight=0.1), epoch)
-    save_untrained(folder / 'softmax', network(center_loss_weight=0))
-    save_untrained(folder / 'again', network(center_loss_weight=0.1))
-    save_untrained(folder / 'wide', network(embedding_dim=3))
-    save_untrained(folder / 'narrow', network(embedding_dim=1))
-    save_untrained(folder / 'six', network(num_classes=6, embedding_dim=3))
-    layers = network().get_internals()
+        save_untrained(folder / 'center_loss', small_network(weight=0.1), epoch)
+    save_untrained(folder / 'softmax', small_network(weight=0))
+    save_untrained(folder / 'again', small_network(weight=0.1))
+    save_untrained(folder / 'wide', small_network(embedding_dim=3))
+    save_untrained(folder / 'narrow', small_network(embedding_dim=1))
+    save_untrained(folder / 'six', small_network(num_classes=6, embedding_dim=3))
+    layers = small_network().get_internals()
     save_untrained(folder / 'plain', mx.sym.SoftmaxOutput(layers['fc2_output'], name='softmax'))
     logits = mx.sym.FullyConnected(layers['fc1_output'], num_hidden=10, name='fc2')
     save_untrained(folder / 'other', mx.sym.SoftmaxOutput(logits, name='softmax'))
