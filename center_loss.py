@@ -324,7 +324,7 @@ class CenterLossProp(mx.operator.CustomOpProp):
             value = kind(text)
             if minimum <= value <= maximum and value == float(text):
                 return value
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
         self.problem = f'{name}={text} is not {description}'
 

@@ -551,7 +551,7 @@ def test_block_raises_for_a_wrong_type(data, label, problem):
 def test_block_raises_for_a_wrong_parameter():
     with pytest.raises(ValueError, match='alpha=2 is not a number from 0 to 1'):
         CenterLossBlock(3, 2, alpha=2)
-    for number in (0, 2.5):
+    for number in (0, 2.5, 10**400):
         with pytest.raises(ValueError, match=f'num_class={number} is not a whole number above 0'):
             CenterLossBlock(number, 2)
     assert block(3.0).centers.shape == (3, 2)

@@ -112,6 +112,23 @@ def wait_for(condition, seconds=120):
         time.sleep(0.02)
 
 
+def train_on_nodes(options, workers, servers=1):
+    """Train with these options; all workers end with the same weights."""
+    command = [sys.executable, '-c', NODE, json.dumps(options)]
+    with nodes(command, workers, servers) as processes:
+        for name, process in processes.items():
+            _, stderr = process.communicate(timeout=120)
+            assert process.returncode == 0, (name, stderr)
+    paths = list(Path().glob('*.weights'))
+    first, *others = (mx.nd.load(str(path)) for path in paths)
+    assert len(others) == workers - 1
+    for other in others:
+        for name in first:
+            np.testing.assert_array_equal(first[name].asnumpy(), other[name].asnumpy(), name)
+    for path in paths:
+        path.unlink()
+
+
 def children(pid):
     """The processes that a launcher has started: {role and number: pid}."""
     found = {}
@@ -173,17 +190,7 @@ def test_centers_of_devices_stay_equal():
 @pytest.mark.slow
 def test_workers_equal_one_process():
     options = {'average_weights': 0.1, 'num_epochs': 2}
-    command = [sys.executable, '-c', NODE, json.dumps({**options, 'batch_size': 16})]
-    with nodes(command, workers=3, servers=2) as processes:
-        for name, process in processes.items():
-            _, stderr = process.communicate(timeout=120)
-            assert process.returncode == 0, (name, stderr)
-    first, *others = (mx.nd.load(str(path)) for path in Path().glob('*.weights'))
-    assert len(others) == 2
-    for other in others:
-        for name in first:
-            np.testing.assert_array_equal(first[name].asnumpy(), other[name].asnumpy(), name)
-
+    train_on_nodes({**options, 'batch_size': 16}, workers=3, servers=2)
     train_small(batch_size=48, save_model_prefix='alone', **options)
     assert_close(saved_arrays('run', 2), saved_arrays('alone', 2), rtol=1e-4, atol=2e-6)
     logs = [path.read_text() for path in Path().glob('[0-9]*.txt')]
@@ -196,13 +203,7 @@ def test_workers_equal_one_process():
 def test_last_batch_of_workers_may_be_smaller():
     """Its centers are joined as those of any other."""
     options = {'batch_size': 16, 'num_epochs': 2, 'uneven': True}
-    with nodes([sys.executable, '-c', NODE, json.dumps(options)], workers=2) as processes:
-        for name, process in processes.items():
-            _, stderr = process.communicate(timeout=120)
-            assert process.returncode == 0, (name, stderr)
-    first, other = (mx.nd.load(str(path)) for path in Path().glob('*.weights'))
-    for name in first:
-        np.testing.assert_array_equal(first[name].asnumpy(), other[name].asnumpy(), name)
+    train_on_nodes(options, workers=2)
     images, labels = digits(80)
     # The same images in the same steps: 32, 32 and 16 of them.
     order = np.concatenate([[*range(i, j), *range(40 + i, 40 + j)] for i, j in BATCHES])
@@ -217,15 +218,7 @@ def test_resumed_workers_equal_one_process():
     """With momentum and, from the start, discriminants of the images of all of them."""
     for epoch in (1, 2):
         options = {'batch_size': 16, 'num_epochs': epoch, 'resume': True, 'discriminants': True}
-        with nodes([sys.executable, '-c', NODE, json.dumps(options)], workers=2) as processes:
-            for name, process in processes.items():
-                _, stderr = process.communicate(timeout=120)
-                assert process.returncode == 0, (name, stderr)
-        first, other = (mx.nd.load(str(path)) for path in Path().glob('*.weights'))
-        for name in first:
-            np.testing.assert_array_equal(first[name].asnumpy(), other[name].asnumpy(), name)
-        for path in Path().glob('*.weights'):
-            path.unlink()
+        train_on_nodes(options, workers=2)
     for epoch in (1, 2):
         train_small(
             batch_size=32,

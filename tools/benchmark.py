@@ -1,7 +1,7 @@
 """How fast this is: variants that run interleaved, and what each trick for speed brings.
 
     python -m tools.benchmark                               the table, on the bundled digits
-    python -m tools.benchmark --data-dir=DIR --json=FILE    on all of MNIST, and as JSON
+    python -m tools.benchmark --data-dir=DIR --json=FILE    train.py and vis.py on all of MNIST
     python -m tools.benchmark --only operator start-up      some parts
 
 The variants of a comparison take turns, and what counts is the ratio of two of them in the same
