@@ -50,6 +50,7 @@ from train import VECTORIZED_NETWORKS, get_symbol
 from train import main as train_main
 
 MAX_ROUNDS = 1000
+OPERATOR_SHAPES = ((128, 2, 10), (256, 128, 1000), (256, 512, 1_000_000))  # (B, d, K)
 
 
 def measure_joint(report: Report, args: argparse.Namespace) -> None:
@@ -156,7 +157,7 @@ def measure_operator(report: Report, args: argparse.Namespace) -> None:
     time that it could take.
     """
     has_torch = importlib.util.find_spec('torch') is not None
-    for shape in ((128, 2, 10), (256, 128, 1000), (256, 512, 1_000_000)):
+    for shape in OPERATOR_SHAPES:
         batch_size, dim, num_class = shape
         names = ('centerloss', 'centerloss_empty', 'centerloss_nd')
         steps = [operator_step(name, *shape) for name in names]
