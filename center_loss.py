@@ -64,7 +64,7 @@ class CenterLoss(mx.operator.CustomOp):
     """Eq. 2 to 4 on a CPU, in O(B d) for any number of classes.
 
     NumPy works on the arrays' own memory. The ``mx.nd`` operations of :class:`CenterLossGPU` take 6
-    times as long at (B, d, K) = (128, 2, 10), 20 times at (256, 512, 1e6), and a step of LeNet at
+    times as long at (B, d, K) = (128, 2, 10), 7 times at (256, 512, 1e6), and a step of LeNet at
     batch 32 takes 1.07 times as long with them (``tools/benchmark.py``, parts operator and tricks).
     """
 
