@@ -451,7 +451,8 @@ class _MeanOverImages(mx.metric.EvalMetric):
     def update_dict(self, label: dict[str, mx.nd.NDArray], pred: dict[str, mx.nd.NDArray]) -> None:
         """Count a batch; if there is one label it is that, whatever its name."""
         if len(label) == 1:
-            label = dict.fromkeys(self.label_names, *label.values())
+            (only,) = label.values()
+            label = dict.fromkeys(self.label_names, only)
         super().update_dict(label, pred)
 
     def update(self, labels: Sequence[mx.nd.NDArray], preds: Sequence[mx.nd.NDArray]) -> None:

@@ -108,13 +108,15 @@ def add_data_arguments(parser: argparse.ArgumentParser, of_run: bool = False) ->
     ``of_run`` is for a program that shows a trained network, see :func:`load_digits_of_run`.
     """
     group = parser.add_argument_group('data')
-    auto = 'the data set of the run; mnist' if of_run else 'mnist'
+    auto = 'mnist, or if that is unavailable mnist-5k'
+    if of_run:
+        auto = 'the data set of the run, or mnist-5k in place of an unavailable mnist'
     group.add_argument(
         '--dataset',
         choices=['auto', *DATASETS],
         default='auto',
-        help=f'auto: {auto} where it is found or can be downloaded, else mnist-5k, the 5,000 '
-        'digits that come with the program; with --data-dir, whatever is there',
+        help=f'auto: {auto}, the 5,000 digits that come with the program; with --data-dir, '
+        'whatever is there',
     )
     group.add_argument(
         '--data-dir',
@@ -432,11 +434,11 @@ def load_digits_of_run(
     in the InputError where the data have to be named.
     """
     if dataset == 'auto' and data_dir is None and trained_on not in (None, 'mnist'):
-        dataset = trained_on
-        if dataset == 'custom':
+        if trained_on not in DATASETS:  # 'custom', or what a program of the user calls its data
             raise InputError(
                 f'{run} was trained on data of your own: name their folder with --data-dir'
             )
+        dataset = trained_on
     return load_digits(dataset, data_dir)
 
 

@@ -352,14 +352,14 @@ def parse_args(argv: Sequence[str] = ()) -> argparse.Namespace:
 
     args = parser.parse_args(list(argv))
     if args.model_prefix is not None and args.load_epoch is None:
-        parser.error('--model-prefix needs --load-epoch beside it')
+        parser.error('--model-prefix requires --load-epoch')
     if args.classes and args.num_classes:
         parser.error('--classes and --num-classes both name the classes: give one of them')
     if args.gpus and args.cpus:
         parser.error('--gpus and --cpus both name the devices: give one of them')
     recipe = RECIPES.get((args.recipe, args.network))
     if recipe is None:
-        parser.error(f'--recipe={args.recipe} is of lenet: leave out --network={args.network}')
+        parser.error(f'--recipe={args.recipe} is for lenet: leave out --network={args.network}')
     for name, value in recipe.items():
         vars(args).setdefault(name, 1 / args.batch_size if value == '1/B' else value)
     if args.num_workers and 'dist' not in args.kv_store:
@@ -384,7 +384,7 @@ def class_list(text: str) -> list[int]:
     """Convert an argparse value: '0,2,5' -> [0, 2, 5]."""
     classes = [int(label) for label in text.split(',') if label.isdecimal()]
     if len(classes) != text.count(',') + 1 or len({*classes}) < max(2, len(classes)):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a list of two or more classes')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of two or more different classes')
     return classes
 
 

@@ -44,6 +44,7 @@ CHECKED_BATCHES = 10  # of validation images, to see a collapse that an average 
 # Options that a continued run may change without changing a single weight.
 NOT_COMPARED = {
     'data_dir',
+    'dataset',  # trained_on and data_sha256 are compared
     'keep_checkpoints',
     'load_epoch',
     'log_dir',
@@ -216,6 +217,8 @@ def fit(
                 start = dataclasses.replace(start, arg_params=arg_params)
                 rewind(whole)
         start = share_start(kv, start)
+        if kv.rank > 0 and start.resumed:
+            saved_epochs.append(start.epoch)
         begin_at_epoch(train, start.epoch)
 
         # What determines the result. Workers have to agree on it, and a continuation is compared.
@@ -245,7 +248,7 @@ def fit(
         logging.info('start with arguments %s', argparse.Namespace(**given))
         warn_of_changes(start, options)
         if kv.num_workers > 1:
-            check_agreement(kv, options)
+            check_agreement(kv, {**options, 'num_epochs': num_epochs})
 
         module = Module(
             computed,

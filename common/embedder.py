@@ -20,7 +20,7 @@ from common.environment import mx
 from common.checkpoints import Checkpoints
 from common.errors import InputError
 from common.module import find_center_losses
-from common.symbol_file import parameter_mismatches
+from common.symbol_file import NOT_IN_NETWORK, parameter_mismatches
 
 # Images embedded at once. More are not faster and take more memory: with LeNet++ 0.3 GB for 100 of
 # them, 2.5 GB for 1,000.
@@ -59,7 +59,10 @@ class Embedded(NamedTuple):
 
     @property
     def classes(self) -> np.ndarray:
-        """The most probable class of each image, int64 (N,)."""
+        """The position in ``Embedder.class_names`` of each image's most probable class, int64 (N,).
+
+        ``Embedder.labels`` has its label in the data: another number with ``--classes``.
+        """
         return self.probabilities.argmax(axis=1)
 
     @property
@@ -170,12 +173,10 @@ class Embedder:
             outputs = mx.sym.Group(
                 [layers['embedding_output'], layers['softmax_output'].get_children()[0]]
             )
-            if any(
-                why != 'which the network does not have'
-                for _, why in parameter_mismatches(
-                    outputs, shapes, arg_params, aux_params, max_values=MAX_VALUES
-                )
-            ):
+            mismatches = parameter_mismatches(
+                outputs, shapes, arg_params, aux_params, max_values=MAX_VALUES
+            )
+            if any(why != NOT_IN_NETWORK for _, why in mismatches):  # as the centers are
                 raise ValueError
             module = mx.mod.Module(outputs, label_names=None, context=mx.cpu())
             # Bound for inference, MXNet would fuse a convolution with its tanh; for 20 and 50

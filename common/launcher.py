@@ -93,8 +93,8 @@ def wait_for_all(processes: Mapping[str, subprocess.Popen], resume_hint: Callabl
                 sys.exit(status)
             if status < 0:
                 raise Failure(
-                    f'the {name} was killed by signal {-status}, '
-                    f'the others are stopped; {resume_hint()}'
+                    f'{name} was killed by signal {-status}, the others are stopped; '
+                    f'{resume_hint()}'
                 )
         if all(process.returncode == 0 for process in processes.values()):
             return

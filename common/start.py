@@ -141,11 +141,11 @@ def share_start(kv: mx.kv.KVStore, start: Start) -> Start:
     """Let every worker begin where rank 0 does; arrays follow when the optimizer is set up."""
     if kv.num_workers == 1:
         return start
-    numbers = mx.nd.array([start.epoch, start.optimizer_state is not None])
-    epoch, has_state = broadcast_from_rank_0(kv, 'start', numbers).asnumpy()
+    numbers = mx.nd.array([start.epoch, start.resumed, start.optimizer_state is not None])
+    epoch, resumed, has_state = broadcast_from_rank_0(kv, 'start', numbers).asnumpy()
     if kv.rank == 0:
         return start
-    return Start(int(epoch), optimizer_state={} if has_state else None)
+    return Start(int(epoch), bool(resumed), optimizer_state={} if has_state else None)
 
 
 def begin_at_epoch(train: mx.io.DataIter, epoch: int) -> None:

@@ -45,6 +45,7 @@ NUM_INPUTS = {name: bounds for bounds, names in OPERATORS.items() for name in na
 DIVISORS = {'block_size', 'dilate', 'num_group', 'num_groups', 'num_outputs', 'step', 'stride'}
 MAX_NODES = 10_000
 MAX_SIZE = 10**8  # of a number, or of all numbers of a shape together
+NOT_IN_NETWORK = 'which the network does not have'
 
 
 def encode_symbol(symbol: mx.sym.Symbol) -> bytes:
@@ -174,7 +175,7 @@ def parameter_mismatches(
     aux_params: Mapping,
     max_values: float = math.inf,
 ) -> Iterator[tuple[str, str]]:
-    """Yield (name, why) of parameters that the network lacks, misses or has in another shape.
+    """Yield (name, why) of parameters that are too many, missing or of another shape.
 
     ``data_shapes`` are the shapes of its inputs by name; labels may be left out. A network from a
     file has to be checked by this before it is bound. Raises InputError as :func:`output_shapes`.
@@ -187,10 +188,10 @@ def parameter_mismatches(
         if name not in data_shapes and not name.endswith('label')
     }
     given = {name: value.shape for name, value in {**arg_params, **aux_params}.items()}
-    for name in given.keys() - wanted.keys():
-        yield name, 'which the network does not have'
-    for name in wanted.keys() - given.keys():
+    for name in sorted(given.keys() - wanted.keys()):
+        yield name, NOT_IN_NETWORK
+    for name in sorted(wanted.keys() - given.keys()):
         yield name, 'which is not there'
-    for name in given.keys() & wanted.keys():
+    for name in sorted(given.keys() & wanted.keys()):
         if given[name] != wanted[name]:
             yield name, f'of shape {given[name]} where the network has {wanted[name]}'

@@ -122,7 +122,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(int, minimum=1),
         metavar='W',
         help='run W workers on this machine, with a scheduler and a server for them, instead of '
-        'one process; --kv-store is dist_sync then',
+        'one process; --kv-store is dist_sync or dist_device_sync then',
     )
     training.add_argument(
         '--seed',

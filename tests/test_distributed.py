@@ -59,8 +59,15 @@ def be_node(argv):
         options['data'] = uneven_parts
     if options.pop('discriminants', False):
         options['initial_params'] = discriminant_params
+    if options.pop('interrupted', False):
+        options['batch_end_callback'] = interrupt
     module = train_small(kv_store='dist_sync', log_file=f'{os.getpid()}.txt', **options)
     mx.nd.save(f'{os.getpid()}.weights', module.present_arrays())
+
+
+def interrupt(param):
+    """Stop as by Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def uneven_parts(batch_size, num_parts, part_index):
@@ -73,8 +80,11 @@ def uneven_parts(batch_size, num_parts, part_index):
 
 
 @contextlib.contextmanager
-def nodes(command, workers, servers=1, **environment):
-    """Start a scheduler, servers and workers with one command: {name: process}."""
+def nodes(command, workers, servers=1, commands=None, **environment):
+    """Start a scheduler, servers and workers with one command: {name: process}.
+
+    ``commands`` are those of single nodes by name.
+    """
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -94,7 +104,7 @@ def nodes(command, workers, servers=1, **environment):
         processes = {}
         for name in names:
             process = subprocess.Popen(
-                command,
+                (commands or {}).get(name, command),
                 env={**environment, 'DMLC_ROLE': name.split()[0]},
                 text=True,
                 stdout=subprocess.DEVNULL,
@@ -112,10 +122,13 @@ def wait_for(condition, seconds=120):
         time.sleep(0.02)
 
 
+def node_command(**options):
+    return [sys.executable, '-c', NODE, json.dumps(options)]
+
+
 def train_on_nodes(options, workers, servers=1):
     """Train with these options; all workers end with the same weights."""
-    command = [sys.executable, '-c', NODE, json.dumps(options)]
-    with nodes(command, workers, servers) as processes:
+    with nodes(node_command(**options), workers, servers) as processes:
         for name, process in processes.items():
             _, stderr = process.communicate(timeout=120)
             assert process.returncode == 0, (name, stderr)
@@ -231,6 +244,34 @@ def test_resumed_workers_equal_one_process():
 
 
 @pytest.mark.slow
+def test_resumed_workers_know_what_is_saved():
+    """One that is stopped in the first epoch after a resume names the checkpoint before it."""
+    options = {'batch_size': 16, 'resume': True}
+    train_on_nodes({**options, 'num_epochs': 1}, workers=2)
+    command = node_command(**options, num_epochs=2, interrupted=True)
+    with nodes(command, 2) as processes:
+        for name in 'worker 0', 'worker 1':
+            _, stderr = processes[name].communicate(timeout=60)
+            assert 'the last whole checkpoint is run-0001.params; continue with' in stderr, name
+
+
+@pytest.mark.slow
+def test_workers_with_other_epochs_are_refused():
+    options = {'batch_size': 16, 'resume': True}
+    longer = {'worker 1': node_command(**options, num_epochs=3)}
+    with nodes(node_command(**options, num_epochs=2), 2, commands=longer) as processes:
+        workers = processes['worker 0'], processes['worker 1']
+        wait_for(lambda: any(worker.poll() is not None for worker in workers), 60)
+        refused = next(worker for worker in workers if worker.poll() is not None)
+        assert refused.returncode == 2
+        assert re.search(
+            r'worker 1 was started with other options than worker 0 \(num_epochs: [23] here, [23] '
+            r'there\): start every worker with the same command',
+            refused.stderr.read(),
+        )
+
+
+@pytest.mark.slow
 def test_killed_worker_stops_the_run():
     """The run then continues, to the weights of one process."""
     command = [*TRAIN, '--num-workers=2', '--batch-size=16']
@@ -253,7 +294,7 @@ def test_killed_worker_stops_the_run():
     epoch = Checkpoints('center_loss').epochs()[-1]
     *lines, last = stderr.splitlines()
     assert re.fullmatch(
-        r'train.py: error: the worker 1 was killed by signal 9, the others are stopped; the last '
+        r'train.py: error: worker 1 was killed by signal 9, the others are stopped; the last '
         rf'whole checkpoint is center_loss-{epoch:04d}.params; continue with: python .*train.py '
         '.* --num-workers=2 .* --resume',
         last,
@@ -512,7 +553,7 @@ def test_launcher_names_any_signal():
     number = signal.SIGRTMIN + 1
     with subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE) as process:
         process.send_signal(number)
-        with pytest.raises(Failure, match=f'the worker 0 was killed by signal {number},'):
+        with pytest.raises(Failure, match=f'worker 0 was killed by signal {number},'):
             launcher.wait_for_all({'worker 0': process}, lambda: '')
 
 

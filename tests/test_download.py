@@ -468,8 +468,10 @@ def test_data_of_a_run(empty_machine):
     for trained_on in 'mnist', None:  # of MNIST, which is not there, its sample
         assert load_digits_of_run('run', trained_on).dataset == 'mnist-5k'
     assert load_digits_of_run('run', 'fashion-mnist', 'mnist-5k').dataset == 'mnist-5k'
-    with pytest.raises(InputError, match=r'run was trained on data of your own: .* --data-dir'):
-        load_digits_of_run('run', 'custom')
+    for trained_on in 'custom', 'digits 8x8':
+        message = r'run was trained on data of your own: .* --data-dir'
+        with pytest.raises(InputError, match=message):
+            load_digits_of_run('run', trained_on)
     folder = data.FOLDER / 'mnist-5k'
     assert load_digits_of_run('run', 'custom', data_dir=folder).source == str(folder)
 

@@ -42,7 +42,7 @@ def test_recipe(line):
 
 
 def test_original_is_lenet():
-    with pytest.raises(InputError, match=r'--recipe=original is of lenet: leave out --network='):
+    with pytest.raises(InputError, match=r'--recipe=original is for lenet: leave out --network='):
         train.parse_args(['--recipe=original', '--network=lenet++'])
 
 

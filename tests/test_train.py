@@ -250,6 +250,14 @@ def test_resume_names_other_data(main, tmp_path):
     assert said in Path('log.txt').read_text()
 
 
+def test_resume_takes_the_same_data_by_another_name(main):
+    main(*QUICK)
+    folder = f'--data-dir={ROOT / "data" / "mnist-5k"}'
+    main(folder, *QUICK[1:], '--num-epochs=2', '--resume')
+    assert 'resuming with' not in Path('log.txt').read_text()
+    assert Path('center_loss-0002.params').exists()
+
+
 def test_resume_names_other_classes(main):
     """An option that one of the two runs did not have is one that differs."""
     main(*QUICK, '--num-classes=3')
@@ -462,9 +470,9 @@ MISTAKES = {
     '--num-examples=99': '--batch-size=100 is too large',
     '--num-classes=1': '--num-classes: 1 is out of range: it has to be at least 2',
     '--num-classes=1000000000000': '--num-classes: 1000000000000 is out of range',
-    '--classes=3': "--classes: '3' is not a list of two or more classes",
-    '--classes=3,4,3': "--classes: '3,4,3' is not a list of two or more classes",
-    '--classes=3,x': "--classes: '3,x' is not a list of two or more classes",
+    '--classes=3': "--classes: '3' is not a list of two or more different classes",
+    '--classes=3,4,3': "--classes: '3,4,3' is not a list of two or more different classes",
+    '--classes=3,x': "--classes: '3,x' is not a list of two or more different classes",
     '--classes=3,10': 'mnist-5k has the classes 0 to 9, and no class 10',
     '--classes=3,4 --num-classes=2': '--classes and --num-classes both name the classes',
     '--load-epoch=20': 'there is no center_loss-0020.params',
@@ -473,7 +481,7 @@ MISTAKES = {
     '--center-loss-weight=1e39': '--center-loss-weight: 1e39 is out of range',
     '--network=resnet': "--network: invalid choice: 'resnet'",
     '--recipe=new': "--recipe: invalid choice: 'new'",
-    '--recipe=original --network=lenet++': '--recipe=original is of lenet: leave out',
+    '--recipe=original --network=lenet++': '--recipe=original is for lenet: leave out',
     '--num-epochs=-3': '--num-epochs: -3 is out of range',
     '--num-epochs=2.5': "--num-epochs: '2.5' is not a whole number",
     '--lr=0': '--lr: 0 is out of range: it has to be greater than 0',
@@ -526,7 +534,7 @@ MISTAKES = {
     '--load-epoch=0': '--load-epoch: 0 is out of range',
     '--load-epoch=last': "--load-epoch: 'last' is not a whole number",
     '--load-epoch=3': 'there is no center_loss-0003.params; epochs of center_loss that have',
-    '--model-prefix=x': '--model-prefix needs --load-epoch',
+    '--model-prefix=x': '--model-prefix requires --load-epoch',
     '--model-prefix=x --load-epoch=3': 'there is no x-0003.params; epochs of x that have a chec',
     '--save-model-prefix=no/where': 'no/where',
     '--save-model-prefix=': 'it has to end with the beginning of a file name',

@@ -559,6 +559,11 @@ def test_average_of_many_steps():
     for module.step in range(1, 121):
         average(None)
     assert average.arrays['arg:w'].asscalar() == 120
+    average = Average(0.1, module, {})  # of a run that continues a loaded checkpoint
+    for module.step in (151, 152, 160):
+        average(None)
+        first = 151 + min(1, 10 / (1 + 0.1 * 159)) * 9 if module.step == 160 else 151
+        assert average.arrays['arg:w'].asscalar() == pytest.approx(first)
 
 
 @pytest.mark.slow

@@ -384,11 +384,14 @@ def main(argv: Sequence[str] = ()) -> None:
         '--rounds',
         type=number(int, minimum=1),
         default=MAX_ROUNDS,
+        metavar='N',
         help='take at most N rounds a comparison',
     )
     add('--json', type=Path, metavar='FILE', help='write the table to this file')
-    add('--part', choices=list(PARTS), help='measure in this process and print JSON')
-    add('--train-on-request', action='store_true', help='train an epoch for every line on stdin')
+    # What this program gives to its own processes: measure here and print JSON; train an epoch for
+    # every line on stdin.
+    add('--part', choices=list(PARTS), help=argparse.SUPPRESS)
+    add('--train-on-request', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args(list(argv))
     args.dataset, args.data_options = 'mnist-5k', ['--dataset=mnist-5k']
     if args.data_dir:

@@ -144,7 +144,7 @@ def check_names(output: Path) -> None:
         problem = f'there is no folder {output.parent}'
     elif folders:
         problem = f'{folders[0]} is a folder'
-    elif any(Checkpoints(output).epochs()):  # epoch 0 is an earlier export
+    elif any(epoch > 0 for epoch in Checkpoints(output).epochs()):  # 0 is an earlier export
         problem = 'a run has its checkpoints there'
     if problem:
         raise InputError(f'cannot write to --output={output}: {problem}')

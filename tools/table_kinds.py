@@ -176,7 +176,7 @@ def convergence_table(table: dict) -> list[str]:
         cells = [row['title'], options_of(row)]
         for level in LEVELS:
             epochs = [epochs_cell(level, run) for run in row['runs']]
-            listed = ', '.join(epochs if {*epochs} != {NOT_REACHED} else {*epochs})
+            listed = NOT_REACHED if {*epochs} == {NOT_REACHED} else ', '.join(epochs)
             cells.append(listed + mean_seconds(level, whole_runs(row)))
         rows.append(cells)
     lines = markdown(['', 'options', *(f'epochs to {100 * level:.4g}%' for level in LEVELS)], rows)
