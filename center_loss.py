@@ -30,7 +30,7 @@ Recognition, ECCV 2016)::
   computes asynchronously: as with any auxiliary state, read the operator's output before you read
   the centers. :class:`CenterLossMetric` does; a metric of the softmax alone does not.
 * In a plain Module and in Gluon each of several contexts moves its own copy of the centers by its
-  own share of the batch, not by Eq. 4 of all of it. ``common/module.py`` here joins the copies.
+  own share of the batch, not by Eq. 4 of all of it. ``common/module.py`` here synchronizes them.
 * MXNet's default metric, 'acc', takes both outputs: with one label it fails, with two it averages
   over both without a word. Pass those of this file, or ``mx.metric.Accuracy`` with ``output_names=
   ['softmax_output']`` and ``label_names=``, a list of the one name of the classes' label.

@@ -155,7 +155,7 @@ def mnist_iterator(
     dataset, data_dir
         As in :func:`load_digits`.
     num_examples
-        Train only on the first so many images (of the classes that are used).
+        Train on the first N images only (of the classes that are used).
     num_classes, classes
         Use only the images of these classes, or of the classes 0 to ``num_classes`` - 1. A batch
         has them as labels 0, 1, ..., in the order that is given.

@@ -117,9 +117,9 @@ def fit(
     clip_gradient
         Clip gradients elementwise to [-C, C]; None or 0: never.
     lr_factor, lr_factor_epoch
-        The learning rate is multiplied by ``lr_factor`` every so many epochs.
+        The learning rate is multiplied by ``lr_factor`` every ``lr_factor_epoch`` epochs.
     warmup_epochs
-        The learning rate rises from 0 over the first so many epochs.
+        The learning rate rises from 0 over the first ``warmup_epochs`` epochs.
     average_weights
         Validate and save the average over this share of the last steps, see ``Average``.
     initializer
@@ -365,9 +365,9 @@ def has_momentum(optimizer: str) -> bool:
 def lr_schedule(
     lr: float, factor: float, factor_updates: float, warmup_updates: float
 ) -> mx.lr_scheduler.LRScheduler:
-    """Return a schedule: a linear warm-up to ``lr``, then times ``factor`` every so many updates.
+    """Return a linear warm-up to ``lr``, multiplied by ``factor`` every ``factor_updates`` updates.
 
-    It is counted from the first update of the run, not of this process.
+    Updates are counted from the first of the run, not of this process.
     """
     constant = factor == 1  # MXNet would log a change after every so many updates
     return mx.lr_scheduler.FactorScheduler(

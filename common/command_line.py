@@ -14,7 +14,7 @@ from typing import NoReturn, TextIO
 from common.environment import mx
 from common.errors import Failure, InputError, Terminated
 
-# What MXNet says where memory, or memory for a thread, cannot be had.
+# What MXNet says where memory, or memory for a thread, cannot be allocated.
 OUT_OF_MEMORY = ('Failed to allocate', 'Malloc', 'bad_alloc', 'out of memory', 'unavailable')
 
 

@@ -49,8 +49,8 @@ class Module(mx.mod.Module):
         for label in self._center_losses.values() if self._is_shared() else ():
             if label not in self._label_names:
                 raise InputError(
-                    f'several devices or workers join the centers by the labels of a batch, and '
-                    f'the label of a center loss, {label}, is not one of them: give it one'
+                    'several devices or workers synchronize the centers by the labels of a batch, '
+                    f'and {label}, that of a center loss, is missing: add it to the labels'
                 )
         self._updater = GroupedUpdater(self._optimizer)
         if self.initial_state is not None:
@@ -142,17 +142,17 @@ class Module(mx.mod.Module):
         super().forward_backward(data_batch)
 
     def update(self) -> None:
-        """Update the weights, and join the steps of the centers of all devices and workers."""
+        """Update the weights, and synchronize the centers of all devices and workers."""
         super().update()
         if self._before_step:
             for executor in self._exec_group.execs:
                 for output in executor.outputs:
                     output.wait_to_read()  # by then the centers have moved
             for (name, copies), before in zip(self._centers(), self._before_step, strict=True):
-                self._join_steps(name, copies, *before)
+                self._synchronize(name, copies, *before)
             self._before_step = []
 
-    def _join_steps(self, name, copies, label, before):
+    def _synchronize(self, name, copies, label, before):
         """Apply Eq. 4 over the whole batch to every copy (K, d) of the centers.
 
         ``label`` (B,) is of this worker's batch, ``before`` (B, d) are the centers of these labels
@@ -171,9 +171,9 @@ class Module(mx.mod.Module):
         own, first = np.unique(label, return_index=True)
         # The centers of other workers' classes stood still.
         start[np.isin(classes, own)] = before[first]
-        joined = start + step / (1 + count[:, None])
+        moved = start + step / (1 + count[:, None])
         for copy in copies:
-            write_rows(copy, classes, joined)
+            write_rows(copy, classes, moved)
 
     def _gather_from_workers(self, name, classes, count, step):
         """Return every worker's (classes, count, step), in the order of their ranks.

@@ -214,7 +214,7 @@ def test_workers_equal_one_process():
 
 @pytest.mark.slow
 def test_last_batch_of_workers_may_be_smaller():
-    """Its centers are joined as those of any other."""
+    """Its centers are synchronized as those of any other."""
     options = {'batch_size': 16, 'num_epochs': 2, 'uneven': True}
     train_on_nodes(options, workers=2)
     images, labels = digits(80)

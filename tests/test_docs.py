@@ -129,6 +129,13 @@ def test_tools_are_documented():
         assert name in named or f'python -m {name}' in changes
 
 
+@pytest.mark.parametrize('folder', ['common', 'tools'])
+def test_every_module_is_listed(folder):
+    listed = re.findall(r'``(\w+)``', importlib.import_module(folder).__doc__)
+    modules = (path.stem for path in (ROOT / folder).glob('*.py') if path.stem != '__init__')
+    assert sorted(listed) == sorted(modules)
+
+
 def test_readme_examples():
     """The snippets run, given the network and the data that they take as given."""
     module_example, gluon_example = re.findall(r'^```python\n(.*?)^```', README, re.M | re.S)

@@ -221,7 +221,7 @@ def test_label_of_a_shared_batch_is_one_of_its_labels():
     network = small_network(label=label)
     make_module(network, 20).init_optimizer(kvstore=None)
     module = make_module(network, 20, devices=2)
-    with pytest.raises(InputError, match='the label of a center loss, cast, is not one of them'):
+    with pytest.raises(InputError, match='and cast, that of a center loss, is missing: add it'):
         module.init_optimizer(kvstore='local')
 
 

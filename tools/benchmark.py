@@ -4,10 +4,10 @@
     python -m tools.benchmark --data-dir=DIR --json=FILE    train.py and vis.py on all of MNIST
     python -m tools.benchmark --only operator start-up      some parts
 
-The variants of a comparison take turns, and what counts is the ratio of two of them in the same
-round: the median over the rounds, with its quartiles. Such ratios hold on a noisy machine, where
-seconds do not. Every part runs in a process of its own, so that the threads of one do not disturb
-another. PyTorch is compared where it is installed (``pip install torch``).
+The variants of a comparison are interleaved, and what counts is the ratio of two of them in the
+same round: the median over the rounds, with its quartiles. Such ratios hold on a noisy machine,
+where seconds do not. Every part runs in a process of its own, so that the threads of one do not
+disturb another. PyTorch is compared where it is installed (``pip install torch``).
 """
 
 import argparse
@@ -130,7 +130,7 @@ def measure_lenet_plus_plus(report: Report, args: argparse.Namespace) -> None:
 
 
 def measure_loop(report: Report, args: argparse.Namespace) -> None:
-    """Compare with the operator as it is usually written."""
+    """Compare with an operator that loops over the samples."""
     network = get_symbol(vectorized=True)
     ours, loop = Training(network, 128), Training(with_operator(network, 'centerloss_loop'), 128)
     seconds = report.interleave(ours, loop, rounds=30)

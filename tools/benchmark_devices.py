@@ -33,7 +33,7 @@ class SeparateCenters(Module):
     """A Module whose devices move their own copies of the centers, as in MXNet alone."""
 
     def forward_backward(self, data_batch: mx.io.DataBatch) -> None:
-        """Compute outputs and gradients, and keep nothing to join the centers with."""
+        """Compute outputs and gradients, and keep nothing to synchronize the centers with."""
         mx.mod.Module.forward_backward(self, data_batch)
 
 
@@ -61,7 +61,7 @@ def measure_drift(num_devices: Sequence[int] = (2, 4), num_epochs: int = 5) -> N
     for count in num_devices:
         contexts = [mx.cpu(i) for i in range(count)]
         batches, _ = mnist_iterator(128, dataset='mnist-5k')
-        separate, joined = (
+        separate, synchronized = (
             prepare(kind(get_symbol(), label_names=LABELS, context=contexts), batches)
             for kind in (SeparateCenters, Module)
         )
@@ -69,7 +69,7 @@ def measure_drift(num_devices: Sequence[int] = (2, 4), num_epochs: int = 5) -> N
             widest, relative = 0, []
             for batch in batches:
                 step(separate, batch)
-                step(joined, batch)
+                step(synchronized, batch)
                 copies = np.stack([copy.asnumpy() for copy in separate._centers()[0][1]])
                 means = copies.mean(axis=0)  # of copies (devices, K, d)
                 between = np.linalg.norm(means[:, None] - means, axis=2)  # (K, K)
@@ -79,9 +79,9 @@ def measure_drift(num_devices: Sequence[int] = (2, 4), num_epochs: int = 5) -> N
                 relative.append(np.median(distance / nearest))
             mean, exact = (
                 module.get_params()[1]['center_loss_center_bias'].asnumpy()
-                for module in (separate, joined)
+                for module in (separate, synchronized)
             )
-            separate.set_params(*separate.get_params())  # MXNet joins the copies once an epoch
+            separate.set_params(*separate.get_params())  # MXNet averages the copies once an epoch
             batches.reset()
             print(
                 f'{count} devices, epoch {epoch + 1}: copies up to {widest:.3f} apart, in the '
@@ -131,7 +131,7 @@ def random_batch(
 def measure_cost(
     cases: Sequence[str] = tuple(CASES), batch_size: int = 128, num_steps: int = 60
 ) -> None:
-    """Print the milliseconds of a step on two devices, with separate centers and with joined."""
+    """Print the milliseconds of a step on two devices: separate centers, and synchronized ones."""
     for name in cases:
         network, labels, *described = CASES[name]
         rng = np.random.default_rng(0)
@@ -146,10 +146,11 @@ def measure_cost(
                 begin = time.perf_counter()
                 step(module, batches[i % len(batches)])
                 seconds[i, j] = time.perf_counter() - begin
-        separate, joined = 1e3 * np.median(seconds[min(5, num_steps // 2) :], axis=0)
+        separate, synchronized = 1e3 * np.median(seconds[min(5, num_steps // 2) :], axis=0)
         print(
-            f'{name}: {separate:.2f} ms with separate centers, {joined:.2f} ms with joined ones, '
-            f'difference {joined - separate:.2f} ms, ratio {joined / separate:.3f}'
+            f'{name}: {separate:.2f} ms with separate centers, {synchronized:.2f} ms with '
+            f'synchronized ones, difference {synchronized - separate:.2f} ms, ratio '
+            f'{synchronized / separate:.3f}'
         )
 
 

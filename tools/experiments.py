@@ -108,8 +108,8 @@ ALPHA_ROWS = {
     'alpha 1': ['alpha-1'],
 }
 RANDOM_ROWS = {
-    f'{SOFTMAX}, random start': ['random-softmax'],
-    f'{CENTER}, random start': ['random-joint'],
+    f'random initial embedding, {SOFTMAX}': ['random-softmax'],
+    f'random initial embedding, {CENTER}': ['random-joint'],
 }
 RECIPES = {
     'the recipe': OBJECTIVE_RUNS,

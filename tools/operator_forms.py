@@ -9,7 +9,7 @@ from center_loss import CenterLoss, CenterLossGPU, CenterLossProp
 
 
 class PerSampleLoop(CenterLoss):
-    """Center loss as it is usually written: ``mx.nd`` operations for one sample after the other."""
+    """Center loss with a per-sample loop: ``mx.nd`` operations for one sample after the other."""
 
     def forward(self, is_train, req, in_data, out_data, aux):
         """Write the loss of every sample, (B,); in training, move the centers."""
