@@ -301,7 +301,7 @@ def parse_args(argv: Sequence[str] = ()) -> argparse.Namespace:
         choices=['lenet', 'lenet++'],
         default='lenet',
         help="lenet++ is the paper's network for its figures: six convolutions with PReLU, which "
-        'take some fifteen times as long',
+        'take some thirteen times as long',
     )
     objective.add_argument(
         '--embedding-dim',

@@ -9,7 +9,7 @@ OBJECTIVE_RUNS = ['softmax', 'lambda-1']  # of the recipe
 LAMBDAS = ('0', '0.001', '0.01', '0.1', '1')  # of the paper's Figures 2 and 3
 ORIGINAL = '--recipe=original --batch-size=128'
 RANDOM = '--initial-embedding=random'
-# An epoch of LeNet++ takes some fifteen times as long: fewer epochs, of smaller batches, averaged
+# An epoch of LeNet++ takes some thirteen times as long: fewer epochs, of smaller batches, averaged
 # as LeNet's. With so many batches to warm up in, a rate above its default is stable.
 LENET_PLUS_PLUS = (
     '--network=lenet++ --num-epochs=6 --lr=0.04 --lr-factor=1 --average-weights=0.1 '
