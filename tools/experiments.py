@@ -107,10 +107,6 @@ ALPHA_ROWS = {
     'alpha 0.5': ['lambda-1'],  # the default
     'alpha 1': ['alpha-1'],
 }
-RANDOM_ROWS = {
-    f'random initial embedding, {SOFTMAX}': ['random-softmax'],
-    f'random initial embedding, {CENTER}': ['random-joint'],
-}
 RECIPES = {
     'the recipe': OBJECTIVE_RUNS,
     'random initial embedding': ['random-softmax', 'random-joint'],
@@ -121,6 +117,7 @@ RECIPE_ROWS = {
     for title, runs in RECIPES.items()
     for objective, run in zip((SOFTMAX, CENTER), runs, strict=True)
 }
+RANDOM_ROWS = {title: runs for title, runs in RECIPE_ROWS.items() if title.startswith('random')}
 ORIGINAL_ROWS = {'softmax only': ['original-softmax'], 'softmax + center loss': ['original']}
 
 
