@@ -31,6 +31,11 @@ Recognition, ECCV 2016)::
   the centers. :class:`CenterLossMetric` does; a metric of the softmax alone does not.
 * In a plain Module and in Gluon each of several contexts moves its own copy of the centers by its
   own share of the batch, not by Eq. 4 of all of it. ``common/module.py`` here synchronizes them.
+* MXNet 1.9.1 keeps one list of the arrays that backward needs, for all operators written in Python:
+  that of the operator created last. Beside one that takes a head gradient, which is the default
+  and what :class:`CenterLossBlock` does, backward here fails with 'unknown storage type: -1'. In
+  such a program use ``mx.sym.MakeLoss(mx.sym.Custom(..., out_grad=True), name='center_loss')``: the
+  result is the same.
 * MXNet's default metric, 'acc', takes both outputs: with one label it fails, with two it averages
   over both without a word. Pass those of this file, or ``mx.metric.Accuracy`` with ``output_names=
   ['softmax_output']`` and ``label_names=``, a list of the one name of the classes' label.
@@ -280,6 +285,7 @@ class CenterLossProp(mx.operator.CustomOpProp):
     >>> module.fit(batches, num_epoch=2, eval_metric=[Accuracy(), CenterLossMetric()])
     >>> module.get_params()[1]['center_loss_center_bias'].shape
     (3, 2)
+    >>> mx.nd.waitall()
 
     With autograd (the center moves by 0.5 (1 + 3) / (1 + 2)):
 

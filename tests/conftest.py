@@ -1,4 +1,4 @@
-"""Every test draws without a display, can be stopped, and may ask for a folder of its own."""
+"""Every test draws without a display, can be stopped, waits for MXNet, may have its own folder."""
 
 import os
 import signal
@@ -9,6 +9,14 @@ import pytest
 os.environ['MPLBACKEND'] = 'Agg'
 # In the background a shell has Ctrl-C ignored, and so would have all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def wait_for_mxnet():
+    """Finish what a test began: a backward beside the next test's operators may fail."""
+    yield
+    if 'mxnet' in sys.modules:
+        sys.modules['mxnet'].nd.waitall()
 
 
 @pytest.fixture

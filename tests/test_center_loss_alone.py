@@ -299,6 +299,58 @@ assert not stale
 
 
 @every_engine
+@pytest.mark.parametrize('beside', ['operator', 'block'])
+def test_module_trains_beside_operators_with_a_head_gradient(run, engine, beside):
+    """In the form that the docstring has for it; without, MXNet mixes up what backward needs."""
+    run(
+        PRELUDE
+        + NETWORK
+        + USE
+        + f"""
+class Double(mx.operator.CustomOp):
+    def forward(self, is_train, req, in_data, out_data, aux):
+        self.assign(out_data[0], req[0], 2 * in_data[0])
+    def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
+        self.assign(in_grad[0], req[0], 2 * out_grad[0])
+@mx.operator.register('double')
+class DoubleProp(mx.operator.CustomOpProp):
+    def create_operator(self, ctx, in_shapes, in_dtypes):
+        return Double()
+images, classes = batch(512)
+def train(beside, out_grad):
+    embedding = mx.sym.FullyConnected(mx.sym.var('data'), num_hidden=2, name='embedding')
+    label = mx.sym.var('label')
+    loss = mx.sym.Custom(embedding, label, op_type='centerloss', name='center_loss', num_class=100,
+                         scale=0.1, normalization='null', out_grad=out_grad)
+    if out_grad:
+        loss = mx.sym.MakeLoss(loss, name='center_loss')
+    doubled = 2 * embedding
+    if beside == 'operator':
+        doubled = mx.sym.Custom(embedding, op_type='double')
+    logits = mx.sym.FullyConnected(doubled, num_hidden=100, name='fc')
+    softmax = mx.sym.SoftmaxOutput(logits, label, name='softmax')
+    module = mx.mod.Module(mx.sym.Group([softmax, loss]), label_names=['label'])
+    data = mx.io.NDArrayIter(images, classes, batch_size=128, label_name='label')
+    module.bind(data.provide_data, data.provide_label)
+    if beside == 'block':
+        use()
+    mx.random.seed(0)
+    module.init_params(mx.init.Uniform(0.1))
+    metrics = [center_loss.Accuracy(), center_loss.CenterLossMetric()]
+    module.fit(data, num_epoch=2, eval_metric=metrics)
+    mx.nd.waitall()
+    parameters, centers = module.get_params()
+    return {{name: value.asnumpy() for name, value in {{**parameters, **centers}}.items()}}
+measured, expected = train({beside!r}, out_grad=True), train(None, out_grad=False)
+assert measured.keys() == expected.keys()
+for name in expected:
+    np.testing.assert_array_equal(measured[name], expected[name])
+""",
+        engine,
+    )
+
+
+@every_engine
 def test_docstring_examples(run, engine):
     out = run(
         PRELUDE
