@@ -32,10 +32,9 @@ Recognition, ECCV 2016)::
 * In a plain Module and in Gluon each of several contexts moves its own copy of the centers by its
   own share of the batch, not by Eq. 4 of all of it. ``common/module.py`` here synchronizes them.
 * MXNet 1.9.1 keeps one list of the arrays that backward needs, for all operators written in Python:
-  that of the operator created last. Beside one that takes a head gradient, which is the default
-  and what :class:`CenterLossBlock` does, backward here fails with 'unknown storage type: -1'. In
-  such a program use ``mx.sym.MakeLoss(mx.sym.Custom(..., out_grad=True), name='center_loss')``: the
-  result is the same.
+  that of the operator created last. Once that is one with a head gradient (the default; the block
+  below is one, too), backward here fails with 'unknown storage type: -1'. In such a program use
+  ``mx.sym.MakeLoss(mx.sym.Custom(..., out_grad=True), name='center_loss')``, which is the same.
 * MXNet's default metric, 'acc', takes both outputs: with one label it fails, with two it averages
   over both without a word. Pass those of this file, or ``mx.metric.Accuracy`` with ``output_names=
   ['softmax_output']`` and ``label_names=``, a list of the one name of the classes' label.
