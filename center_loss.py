@@ -34,7 +34,10 @@ Recognition, ECCV 2016)::
 * MXNet 1.9.1 keeps one list of the arrays that backward needs, for all operators written in Python:
   that of the operator created last. Once that is one with a head gradient (the default; the block
   below is one, too), backward here fails with 'unknown storage type: -1'. In such a program use
-  ``mx.sym.MakeLoss(mx.sym.Custom(..., out_grad=True), name='center_loss')``, which is the same.
+  ``mx.sym.MakeLoss(mx.sym.Custom(..., name='center', out_grad=True), name='center_loss')``, which
+  is the same, but for the name of the centers, ``center_center_bias``.
+* Two operators of one Symbol cannot share their centers: MXNet runs both at once, and moves are
+  lost. Concatenate the embeddings and the labels (``dim=0``): Eq. 4 is then of all of them.
 * MXNet's default metric, 'acc', takes both outputs: with one label it fails, with two it averages
   over both without a word. Pass those of this file, or ``mx.metric.Accuracy`` with ``output_names=
   ['softmax_output']`` and ``label_names=``, a list of the one name of the classes' label.
@@ -487,8 +490,9 @@ class CrossEntropy(_MeanOverImages):
 
     def per_image(self, label: mx.nd.NDArray, probability: mx.nd.NDArray) -> np.ndarray:
         """Return -log p[label]; 87.3 where p is 0 in float32, NaN where it is NaN."""
-        probability, label = probability.asnumpy(), label.asnumpy().astype(np.int64)
-        chosen = probability[np.arange(len(label)), label]
+        probability = probability.asnumpy()
+        classes = _check_labels(label.asnumpy(), probability.shape[1])
+        chosen = probability[np.arange(len(classes)), classes]
         return -np.log(np.maximum(chosen, np.finfo(np.float32).tiny))
 
 

@@ -25,6 +25,8 @@ from common.errors import InputError
 from common.files import printable
 from common.idx import read_idx
 
+logger = logging.getLogger(__name__)
+
 FOLDER = Path(__file__).resolve().parent / 'data'
 DEBIAN_FOLDERS = {'fashion-mnist': Path('/usr/share/datasets/fashion-mnist')}
 FILES = (
@@ -200,7 +202,7 @@ def mnist_iterator(
     if not len(val_index):
         named = ', '.join(map(str, classes))
         raise InputError(f'{digits.dataset} has no {val_name} of the classes {named}')
-    logging.info(
+    logger.info(
         f'data: {digits.dataset}, {len(index)} training images, validation on {len(val_index)} '
         f'{val_name}, from {digits.source}'
     )
@@ -310,7 +312,8 @@ class DualLabelWrapper(mx.io.DataIter):
     ----------
     iterator
         NDArrayIter, MNISTIter, ImageRecordIter and CSVIter (with round_batch, their default),
-        PrefetchingIter, or any other that yields one label for each image.
+        PrefetchingIter, or any other that yields one label for each image. MXNet cannot rewind
+        MNISTIter, ImageRecordIter and CSVIter for sure: wrap them before anything is read.
     num_classes
         K; if given, a label that is not a whole number from 0 to K - 1 raises an InputError.
     """
@@ -402,7 +405,7 @@ def load_digits(dataset: str = 'auto', data_dir: str | os.PathLike | None = None
             try:
                 return read_folder(place, name)
             except InputError as error:
-                logging.warning(str(error))
+                logger.warning(str(error))
                 failures.append(str(error))
     if DATASETS[name].mirrors:
         sha256 = zip((f'{file}.gz' for file in FILES), DATASETS[name].sha256, strict=True)
@@ -414,7 +417,7 @@ def load_digits(dataset: str = 'auto', data_dir: str | os.PathLike | None = None
     what_to_do = f'put its four IDX files into {printable(folder)} or use --data-dir'
     if dataset != 'auto':
         raise InputError(f'{name} is unavailable ({"; ".join(failures)}): {what_to_do}')
-    logging.warning(
+    logger.warning(
         f'MNIST is unavailable ({"; ".join(failures)}): falling back to mnist-5k, 5,000 of its '
         f'digits. For all of them, {what_to_do}'
     )
@@ -480,7 +483,7 @@ def read_folder(folder: Path, name: str | None) -> Digits:
             f'{source}: label {val_labels.max()} at position {val_labels.argmax()} of {FILES[3]} '
             f'is larger than those of {FILES[1]}'
         )
-    logging.warning(
+    logger.warning(
         f'the files in {source} are of no data set known here and used as they are: images of '
         f'{_size(images)} pixels, {num_classes} classes'
     )

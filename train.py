@@ -23,6 +23,7 @@ import argparse
 from collections.abc import Callable, Sequence
 import functools
 import inspect
+from pathlib import Path
 import shlex
 import sys
 import time
@@ -414,7 +415,9 @@ def start_workers(
 
     def resume_hint():
         paths = map(checkpoints.params_path, checkpoints.epochs())
-        saved = [path for path in paths if path.exists() and path.stat().st_mtime >= begin]
+        endings = '.json', '.states'  # of the file that is written last, now and formerly
+        whole = [path for path in paths if any(path.with_suffix(e).exists() for e in endings)]
+        saved = [path for path in whole if path.stat().st_mtime >= begin]
         return describe_saved(checkpoints.prefix, saved, how_to_continue)
 
     run_workers([sys.executable, SCRIPT, *argv], args.num_workers, resume_hint)
@@ -471,7 +474,7 @@ def main(argv: Sequence[str] = ()) -> None:
     )
     if module.validation_scores:
         images = 'test' if args.validate_on == 'test' else 'held-out training'
-        draw = ['python', 'vis.py']
+        draw = ['python', str(Path(SCRIPT).with_name('vis.py'))]
         if args.save_model_prefix != 'center_loss':
             draw.append(f'--model-prefix={args.save_model_prefix}')
         if args.data_dir is not None:

@@ -38,6 +38,8 @@ from common.start import (
 )
 from common.versions import versions
 
+logger = logging.getLogger(__name__)
+
 LOG_EVERY = 50  # batches between two lines of the log
 CHECKED_BATCHES = 10  # of validation images, to see a collapse that an average hides
 
@@ -241,11 +243,11 @@ def fit(
             'trained_on': data_facts.get('dataset'),
             'data_sha256': data_facts.get('sha256'),
         }
-        options, data_facts = json.loads(json.dumps([options, data_facts]))
-        logging.info('versions: %s', json.dumps(versions()))
+        options, data_facts = json.loads(json.dumps([options, data_facts], default=as_plain))
+        logger.info('versions: %s', json.dumps(versions()))
         arguments = {**(record or {}), **options}
         given = {name: value for name, value in arguments.items() if value is not None}
-        logging.info('start with arguments %s', argparse.Namespace(**given))
+        logger.info('start with arguments %s', argparse.Namespace(**given))
         warn_of_changes(start, options)
         if kv.num_workers > 1:
             check_agreement(kv, {**options, 'num_epochs': num_epochs})
@@ -274,7 +276,7 @@ def fit(
                 with average.in_use() as last:
                     scores, difference, distance = validate(module, val)
                     for name, value in scores.items():
-                        logging.info('Epoch[%d] Validation-%s=%f', epoch, name, value)
+                        logger.info('Epoch[%d] Validation-%s=%f', epoch, name, value)
                     params = module.get_params()
                     arrays = itertools.chain(params[0].items(), params[1].items(), state.items())
                     check_not_diverged(where, scores, difference, arrays)
@@ -295,8 +297,9 @@ def fit(
 
         monitor = TrainingMonitor(batch_size, num_batches, num_epochs, shown=kv.rank == 0)
         callbacks = [average] if average.share else []
-        callbacks += [stack.enter_context(monitor), mx.callback.Speedometer(batch_size, LOG_EVERY)]
         callbacks += [batch_end_callback] if callable(batch_end_callback) else batch_end_callback
+        # The last one, which resets the metrics.
+        callbacks += [stack.enter_context(monitor), mx.callback.Speedometer(batch_size, LOG_EVERY)]
         try:
             module.fit(
                 train,
@@ -336,6 +339,11 @@ def count_batches(train: mx.io.DataIter) -> int:
     count = sum(1 for _ in train)
     train.reset()
     return count
+
+
+def as_plain(value: object) -> object:
+    """Return a NumPy number or array as numbers and lists, anything else as text."""
+    return value.tolist() if hasattr(value, 'tolist') else str(value)
 
 
 def rewind(train: mx.io.DataIter) -> None:

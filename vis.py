@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+logger = logging.getLogger(__name__)
+
 __all__ = ['embed', 'main', 'plot_embeddings']
 
 FRAME_IMAGES = 2000  # of an animation
@@ -150,7 +152,7 @@ def warn_of_other_data(path: Path, trained_on: str | None, dataset: str) -> None
     """Warn where a checkpoint is not measured on the data set that it was trained on."""
     if trained_on not in (None, dataset):
         seen = trained_on == 'mnist' and dataset == 'mnist-5k'
-        logging.warning(
+        logger.warning(
             '%s was trained on %s and is measured on %s%s',
             path,
             trained_on,

@@ -27,9 +27,12 @@ from common.former_checkpoints import decode_former_states, former_state_fits
 from common.symbol_file import decode_symbol, encode_symbol
 from common.versions import versions
 
+logger = logging.getLogger(__name__)
+
 Arrays = Mapping[str, mx.nd.NDArray]
 
-MAX_JSON_SIZE = 2**22
+MAX_JSON_SIZE = 2**25  # room for the names of a million classes
+MAX_SYMBOL_SIZE = 2**22
 
 
 class DamagedCheckpoint(InputError):
@@ -105,7 +108,14 @@ class Checkpoints(CheckpointFiles):
             }
             content = {'epoch': epoch, 'files': files, 'options': options, 'versions': versions()}
             content['inference'] = inference or {}
-            write_synced(new['json'], [_with_checksum(content)])
+            encoded = _with_checksum(content)
+            if len(encoded) > MAX_JSON_SIZE:
+                raise InputError(
+                    f'cannot write the checkpoint of epoch {epoch}: the options and data facts of '
+                    f'{self.prefix} are {len(encoded):,} bytes of JSON, and no more than '
+                    f'{MAX_JSON_SIZE:,} are read again'
+                )
+            write_synced(new['json'], [encoded])
             # A kill between any two steps loses nothing, and leaves at most one epoch unfinished.
             unchecked = {old for old in remove if 'json' not in self._kinds(old)}
             others = {old for old in remove if old > epoch} | unchecked  # of an earlier run
@@ -124,7 +134,7 @@ class Checkpoints(CheckpointFiles):
                     kept._remove(old)
                 if kept._kinds(old):
                     path = kept.params_path(old)
-                    logging.warning('%s is kept as %s', self.params_path(old), path)
+                    logger.warning('%s is kept as %s', self.params_path(old), path)
         except (OSError, MemoryError) as error:
             raise InputError(
                 f'cannot write the checkpoint of epoch {epoch} to {self.params_path(epoch)}: '
@@ -146,7 +156,7 @@ class Checkpoints(CheckpointFiles):
             raise UncheckedCheckpoint(f'{path} has no checksum: of another program, or unfinished')
         params = self._arrays(epoch, 'params', content)
         if 'state' in content:  # of the former .states
-            logging.warning('%s: its .states have no checksum, and cannot be checked', path)
+            logger.warning('%s: its .states have no checksum, and cannot be checked', path)
             state = content['state']
             if not former_state_fits(state, params):
                 raise self._damage(epoch, 'states', 'it does not fit the parameters')
@@ -164,7 +174,7 @@ class Checkpoints(CheckpointFiles):
         content = self._content(epoch)
         if content is None and not self._reported:
             self._reported = True
-            logging.warning('%s has no checksum, and cannot be checked', self.params_path(epoch))
+            logger.warning('%s has no checksum, and cannot be checked', self.params_path(epoch))
         return untagged(self._arrays(epoch, 'params', content))
 
     def load_inference(self, epoch: int) -> dict:
@@ -176,7 +186,7 @@ class Checkpoints(CheckpointFiles):
 
         Raises InputError where it is missing, damaged, or holds what is not allowed.
         """
-        data = read_regular_file(self.symbol_path, MAX_JSON_SIZE)
+        data = read_regular_file(self.symbol_path, MAX_SYMBOL_SIZE)
         try:
             return decode_symbol(data)
         except ValueError as error:
@@ -193,9 +203,9 @@ class Checkpoints(CheckpointFiles):
             try:
                 return self.load(epoch)
             except UncheckedCheckpoint as error:
-                logging.warning('%s; it is passed over', error)
+                logger.warning('%s; it is passed over', error)
             except DamagedCheckpoint as error:
-                logging.warning('%s; going back to the checkpoint before it', error)
+                logger.warning('%s; going back to the checkpoint before it', error)
                 damage = error
         if damage:
             raise InputError(

@@ -9,6 +9,8 @@ import numpy as np
 from common.environment import mx
 from common.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 NUM_IMAGES = 5000
 SHRINKAGE = 0.1
 
@@ -100,7 +102,7 @@ def discriminant_params(
         labels.append(batch.label[0].asnumpy())
     features, labels = np.concatenate(found), np.concatenate(labels)
 
-    logging.info('%s begins as linear discriminants of %d images', layer, len(labels))
+    logger.info('%s begins as linear discriminants of %d images', layer, len(labels))
     params = module.get_params()[0]
     weight = params[f'{layer}_weight'].asnumpy()  # (d, F)
     if weight.ndim != 2:

@@ -16,6 +16,8 @@ from urllib3.exceptions import MaxRetryError
 from common.errors import InputError
 from common.files import replace_when_whole
 
+logger = logging.getLogger(__name__)
+
 ALLOWED_ADDRESSES = ['https://']  # beginnings; the tests add their own server
 MAX_SIZE = 64_000_000  # bytes; the largest of the files has 47 million before compression
 TIMEOUTS = (2, 8)  # seconds to connect to one of a mirror's addresses, and to wait for more
@@ -72,7 +74,7 @@ def download(
             bar.update(state.received - bar.n)
             elapsed, window = time.monotonic() - begin, time.monotonic() - window_begin
             if elapsed > 1 and not state.received and not is_announced:
-                logging.info(f'looking for {name} at {state.host}')
+                logger.info(f'looking for {name} at {state.host}')
                 is_announced = True
             is_slow = state.received - window_received < MIN_RATE * RATE_SECONDS
             if (

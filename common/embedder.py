@@ -147,7 +147,7 @@ class Embedder:
         names += map(str, range(len(names), num_classes))
         self.class_names = tuple(names[:num_classes])
         self.labels = tuple(facts.get('classes', range(num_classes)))
-        centers = [aux_params.get(name) for name in find_center_losses(network)]
+        centers = [aux_params.get(name) for name, _ in find_center_losses(network)]
         self.centers = next(
             (c.asnumpy() for c in centers if c is not None and c.shape == (num_classes, dimension)),
             None,

@@ -39,7 +39,13 @@ class Module(mx.mod.Module):
         super().__init__(symbol, **kwargs)
         self.initial_state = initial_state
         self.validation_scores: dict[str, float] = {}  # of the last epoch that was validated
-        self._center_losses = find_center_losses(symbol)
+        center_losses = find_center_losses(symbol)
+        self._center_losses = dict(center_losses)
+        if len(self._center_losses) < len(center_losses):
+            raise InputError(
+                'two center losses of the network share their centers, and MXNet would run both at '
+                'once: take one, of their embeddings and labels concatenated (dim=0)'
+            )
         self._before_step: list[tuple[np.ndarray, np.ndarray]] = []  # (labels, their centers)
         self._table_shape = 0, 0  # (workers, B), see _gather_from_workers
 
@@ -135,7 +141,8 @@ class Module(mx.mod.Module):
     def forward_backward(self, data_batch: mx.io.DataBatch) -> None:
         """Compute outputs and gradients of one batch; the centers of each device move."""
         if self._is_shared():
-            labels = dict(zip(self._label_names, data_batch.label, strict=True))
+            names = [desc[0] for desc in self.label_shapes]  # as bound, whatever label_names
+            labels = dict(zip(names, data_batch.label, strict=True))
             for name, copies in self._centers():
                 label = labels[self._center_losses[name]].asnumpy().astype(np.int64)  # (B,)
                 self._before_step.append((label, read_rows(copies[0], label)))
@@ -211,14 +218,14 @@ class GroupedUpdater(mx.optimizer.Updater):
             super().__call__(*([values[i] for i in group] for values in (index, grad, weight)))
 
 
-def find_center_losses(symbol: mx.sym.Symbol) -> dict[str, str]:
-    """Return the center losses of a network: {name of the centers: name of the label's input}."""
+def find_center_losses(symbol: mx.sym.Symbol) -> list[tuple[str, str]]:
+    """Return the center losses of a network: (name of the centers, name of the label's input)."""
     nodes = json.loads(symbol.tojson())['nodes']
-    found = {}
+    found = []
     for node in nodes:
         if node['op'] == 'Custom' and node['attrs'].get('op_type') == 'centerloss':
             _, label, centers = (nodes[position[0]]['name'] for position in node['inputs'])
-            found[centers] = label
+            found.append((centers, label))
     return found
 
 

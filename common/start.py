@@ -12,7 +12,9 @@ from common.checkpoints import Checkpoints
 from common.distributed import broadcast_from_rank_0
 from common.errors import InputError
 from common.former_checkpoints import rename_original
-from common.symbol_file import output_shapes, parameter_mismatches
+from common.symbol_file import decode_symbol, encode_symbol, output_shapes, parameter_mismatches
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +48,9 @@ def find_start(
         found = checkpoints.newest_whole()
         if found is not None:
             path = checkpoints.params_path(found.epoch)
-            logging.info('resuming from %s', path)
+            logger.info('resuming from %s', path)
             if found.epoch >= num_epochs:
-                logging.warning(
+                logger.warning(
                     '%s has all of the %d epochs already: raise --num-epochs to go on',
                     checkpoints.prefix,
                     num_epochs,
@@ -74,7 +76,7 @@ def find_start(
                 path=path,
             )
         begin = 'starting at the beginning' if load_epoch is None else 'loading another one'
-        logging.info('no checkpoint of %s to resume from: %s', checkpoints.prefix, begin)
+        logger.info('no checkpoint of %s to resume from: %s', checkpoints.prefix, begin)
     if load_epoch is not None:
         same = os.path.abspath(source.prefix) == os.path.abspath(checkpoints.prefix)
         if in_the_way := [epoch for epoch in existing if not same or epoch > load_epoch]:
@@ -89,10 +91,10 @@ def find_start(
                 f'--num-epochs={num_epochs} is the last epoch: it has to be above '
                 f'--load-epoch={load_epoch}'
             )
-        logging.info('%s: continuing at epoch %d; momentum begins at 0', path, load_epoch)
+        logger.info('%s: continuing at epoch %d; momentum begins at 0', path, load_epoch)
         return Start(load_epoch, arg_params=arg_params, aux_params=aux_params, path=path)
     if existing and not resume:
-        logging.warning(
+        logger.warning(
             'checkpoints of an earlier run of %s (%d) are replaced once the first epoch is saved; '
             'stop now and give --resume to continue that run, or another --save-model-prefix to '
             'keep it',
@@ -108,6 +110,10 @@ def match_parameters(start: Start, network: mx.sym.Symbol, train: mx.io.DataIter
     A run that is resumed needs all of them; one that begins with loaded parameters takes what fits.
     Raises InputError, too, where the network does not take the data.
     """
+    try:
+        decode_symbol(encode_symbol(network))
+    except ValueError as error:
+        logger.warning('vis.py and the tools will not load checkpoints of this network: %s', error)
     shapes = {desc.name: desc.shape for desc in [*train.provide_data, *train.provide_label]}
     if start.path is None:
         output_shapes(network, shapes)
@@ -122,7 +128,7 @@ def match_parameters(start: Start, network: mx.sym.Symbol, train: mx.io.DataIter
             )
         return start
     for name, why in mismatches:
-        logging.info('%s: %s not taken, %s', start.path, name, why)
+        logger.info('%s: %s not taken, %s', start.path, name, why)
     left = {name for name, _ in mismatches}
     arg_params, aux_params = (
         {name: value for name, value in params.items() if name not in left}
@@ -133,7 +139,7 @@ def match_parameters(start: Start, network: mx.sym.Symbol, train: mx.io.DataIter
             f'{start.path} is a checkpoint of another network: nothing of it fits; choose another '
             '--model-prefix'
         )
-    logging.info('%s: took %s', start.path, ', '.join([*arg_params, *aux_params]))
+    logger.info('%s: took %s', start.path, ', '.join([*arg_params, *aux_params]))
     return dataclasses.replace(start, arg_params=arg_params, aux_params=aux_params)
 
 
@@ -149,11 +155,14 @@ def share_start(kv: mx.kv.KVStore, start: Start) -> Start:
 
 
 def begin_at_epoch(train: mx.io.DataIter, epoch: int) -> None:
-    """Let a training iterator begin at an epoch, counted from 0, where it can."""
-    if epoch and hasattr(train, 'start_epoch'):
+    """Let a training iterator begin at an epoch, counted from 0, where it can.
+
+    At epoch 0, too: images of it may have been used before.
+    """
+    if hasattr(train, 'start_epoch'):
         train.start_epoch(epoch)
     elif epoch:
-        logging.warning(
+        logger.warning(
             'the training data cannot begin at epoch %d: this run continues, but not exactly as if '
             'it had never been stopped',
             epoch,
@@ -164,7 +173,7 @@ def warn_of_changes(start: Start, options: dict) -> None:
     """Warn of every option that differs from the one that the resumed run was trained with."""
     for name in sorted(options.keys() & start.options.keys()):
         if options[name] != start.options[name]:
-            logging.warning(
+            logger.warning(
                 'resuming with %s=%s, while %s was trained with %s',
                 name,
                 options[name],

@@ -738,6 +738,12 @@ def test_cross_entropy():
     assert np.isnan(metric.get()[1])
 
 
+@pytest.mark.parametrize('label', [2, -1, 0.5, np.nan])
+def test_cross_entropy_of_a_label_that_is_no_class(label):
+    with pytest.raises(ValueError, match=f'label {label:g} at position 1 of the batch is not a '):
+        CrossEntropy().update([mx.nd.array([0, label])], [mx.nd.array([[0.5, 0.5], [0.5, 0.5]])])
+
+
 @pytest.mark.parametrize('devices', [1, 2, 3])
 def test_center_loss_metric(devices):
     metric = CenterLossMetric()

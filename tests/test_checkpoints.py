@@ -214,6 +214,18 @@ def test_copied_epoch_is_found():
         checkpoints.load(2)
 
 
+def test_names_of_many_classes(monkeypatch):
+    names = [f'identity {number:06d}' for number in range(400_000)]
+    checkpoints = save(1, inference={'class_names': names})
+    assert Path('run-0001.json').stat().st_size > 2**23
+    assert checkpoints.load_inference(1) == {'class_names': names}
+    monkeypatch.setattr('common.checkpoints.MAX_JSON_SIZE', 1000)
+    before = contents()
+    with pytest.raises(InputError, match='of epoch 2: the options and data facts of run are '):
+        save(2, inference={'class_names': names[:100]})
+    assert contents() == before
+
+
 def test_none_whole_is_refused():
     checkpoints = save(1, 2)
     flip('run-0001.resume', 50)

@@ -441,6 +441,14 @@ def test_wrapper_refuses_labels_out_of_range(wrong):
         next(wrapped)
 
 
+def test_program_keeps_its_log(monkeypatch):
+    """The root logger gets no handler, with which every line of ``fit`` would appear twice."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, 'handlers', [])
+    iterators(50)
+    assert root.handlers == []
+
+
 def test_wrapper_ignores_labels_in_the_padding():
     """Only C++ iterators may have anything in there; here, the first images with a wrong label."""
     labels = VALUES.copy()

@@ -230,11 +230,44 @@ def test_center_losses_are_found_in_the_symbol():
     x, label = mx.sym.var('x'), mx.sym.var('id')
     first = mx.sym.Custom(x, label, op_type='centerloss', num_class=3, name='a')
     second = mx.sym.Custom(x, op_type='centerloss', num_class=3, name='b')
-    assert find_center_losses(mx.sym.Group([first, second])) == {
-        'a_center_bias': 'id',
-        'b_center_bias': 'b_label',
-    }
-    assert find_center_losses(mx.sym.FullyConnected(x, num_hidden=2)) == {}
+    assert find_center_losses(mx.sym.Group([first, second])) == [
+        ('a_center_bias', 'id'),
+        ('b_center_bias', 'b_label'),
+    ]
+    assert find_center_losses(mx.sym.FullyConnected(x, num_hidden=2)) == []
+
+
+def test_center_losses_do_not_share_centers():
+    """MXNet would run both at once, and moves would be lost."""
+    x, centers = mx.sym.var('data'), mx.sym.var('centers')
+    options = {'op_type': 'centerloss', 'num_class': 3}
+    losses = [mx.sym.Custom(x, mx.sym.var(name), centers, **options) for name in ('y', 'z')]
+    with pytest.raises(InputError, match='two center losses of the network share their centers'):
+        Module(mx.sym.Group(losses), label_names=['y', 'z'])
+
+
+@pytest.mark.parametrize('label_names', [LABELS, LABELS[::-1]])
+def test_centers_are_synchronized_by_their_own_label(label_names):
+    """Where the two labels differ, in whatever order a Module was given their names."""
+    images, labels = digits(40)
+    labels = {'softmax_label': labels, 'center_label': np.floor(labels / 2)}
+
+    def centers(devices):
+        batches = mx.io.NDArrayIter(images, labels, batch_size=20)
+        contexts = [mx.cpu(i) for i in range(devices)]
+        module = Module(small_network(), label_names=label_names, context=contexts)
+        module.bind(batches.provide_data, batches.provide_label)
+        mx.random.seed(0)
+        module.init_params(mx.init.Xavier())
+        module.init_optimizer(kvstore='local')
+        for batch in batches:
+            module.forward_backward(batch)
+            module.update()
+        mx.nd.waitall()
+        return module.get_params()[1]['center_loss_center_bias'].asnumpy()
+
+    assert np.abs(centers(1)[:5]).min() > 0 and not centers(1)[5:].any()
+    np.testing.assert_allclose(centers(2), centers(1), atol=1e-5)
 
 
 @pytest.mark.parametrize('devices', [1, 2])

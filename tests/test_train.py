@@ -113,8 +113,9 @@ def test_closing_line(trained):
     folder, result = trained
     accuracy = logged(r'Epoch\[1\] Validation-accuracy', folder / 'run.log')[0]
     assert accuracy > 0.5
+    vis = ROOT / 'vis.py'  # the run was started in another folder
     assert result.stdout == (
-        f'accuracy on the test images {accuracy:.2%}; python vis.py draws the embeddings\n'
+        f'accuracy on the test images {accuracy:.2%}; python {vis} draws the embeddings\n'
     )
 
 

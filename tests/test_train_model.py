@@ -748,6 +748,47 @@ def test_batch_end_callback():
     assert all(value.keys() == {'accuracy', 'cross-entropy', 'center_loss'} for value in others)
 
 
+def test_callback_sees_the_metrics_of_every_batch():
+    """Those of the 50th, too, after which the log begins to count anew."""
+    seen = []
+    train_small(
+        num_examples=4000,
+        num_epochs=1,
+        batch_end_callback=lambda param: seen.append(param.eval_metric.get()[1]),
+    )
+    assert np.shape(seen) == (80, 3) and np.isfinite(seen).all()
+
+
+def test_used_iterators_begin_anew():
+    train, val = small_data()(50)
+    next(train), next(val)
+    for prefix in ('first', 'second'):
+        train_small(data=(train, val), num_epochs=2, save_model_prefix=prefix)
+    train_small(num_epochs=2, save_model_prefix='fresh')
+    assert_same_arrays(saved_params('first', 2), saved_params('fresh', 2))
+    assert_same_arrays(saved_params('second', 2), saved_params('fresh', 2))
+
+
+def test_options_may_be_numbers_of_numpy(caplog):
+    for lr in (0.1, np.float64(0.1)):
+        train_small(seed=np.int64(3), lr=lr, record={'dims': np.arange(2)}, num_epochs=1)
+    options = Checkpoints('run').load(1).options
+    assert (options['seed'], options['lr'], options['dims']) == (3, 0.1, [0, 1])
+    train_small(seed=3, record={'dims': [0, 1]}, num_epochs=2, resume=True)
+    assert 'resuming with' not in caplog.text
+
+
+def test_network_that_the_tools_will_not_load(caplog):
+    """It is trained and saved, and the log says so before."""
+    train_small(num_epochs=1)
+    assert 'will not load' not in caplog.text
+    softmax, center = small_network()
+    softmax = mx.sym.where(softmax > 0, softmax, softmax, name='softmax')
+    train_small(mx.sym.Group([softmax, center]), num_epochs=1)
+    assert 'vis.py and the tools will not load checkpoints' in caplog.text
+    assert 'the operator _greater_scalar of' in caplog.text
+
+
 def test_record_is_logged_and_unchanged():
     record = {'network': 'small', 'initializer': 'xavier', 'log_file': 'elsewhere', 'lr': 7}
     before = dict(record)
