@@ -31,6 +31,7 @@ import train
 import train_model
 import vis
 
+VIS = ROOT / 'vis.py'  # as a run in another folder names it
 QUICK = ['--dataset=mnist-5k', '--num-examples=200', '--num-epochs=1', '--batch-size=50']
 
 
@@ -113,9 +114,8 @@ def test_closing_line(trained):
     folder, result = trained
     accuracy = logged(r'Epoch\[1\] Validation-accuracy', folder / 'run.log')[0]
     assert accuracy > 0.5
-    vis = ROOT / 'vis.py'  # the run was started in another folder
     assert result.stdout == (
-        f'accuracy on the test images {accuracy:.2%}; python {vis} draws the embeddings\n'
+        f'accuracy on the test images {accuracy:.2%}; python {VIS} draws the embeddings\n'
     )
 
 
@@ -223,7 +223,7 @@ def test_own_data(main, network, features, tmp_path):
     write_idx(tmp_path, 32, 47)
     line = [f'--data-dir={tmp_path}', '--batch-size=47', f'--network={network}']
     said = main(*line, '--num-epochs=1').out
-    assert said.endswith(f'; python vis.py --data-dir={tmp_path} draws the embeddings\n')
+    assert said.endswith(f'; python {VIS} --data-dir={tmp_path} draws the embeddings\n')
     params = saved_params('center_loss', 1)
     assert params['fc2_weight'].shape == params['center_loss_center_bias'].shape == (47, 2)
     wide = 'fc1_weight' if network == 'lenet' else 'embedding_weight'
@@ -362,7 +362,7 @@ def test_library_call(main, monkeypatch):
     """Another program's own options are not those of train.py."""
     monkeypatch.setattr(sys, 'argv', ['other.py', '--batch-size=7', '--nonsense'])
     wrote = main(*QUICK, '--log_dir=new/folder', '--save-model-prefix=mine')
-    assert wrote.out.endswith('; python vis.py --model-prefix=mine draws the embeddings\n')
+    assert wrote.out.endswith(f'; python {VIS} --model-prefix=mine draws the embeddings\n')
     log = Path('new/folder/log.txt').read_text()
     assert 'batch_size=50' in log and "dataset='mnist-5k'" in log
     assert Checkpoints('mine').load(1).options['batch_size'] == 50
