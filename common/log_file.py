@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import fcntl
 import logging
 import logging.handlers
 import os
@@ -17,13 +18,32 @@ class LogFile(logging.handlers.WatchedFileHandler):
     """A log file that is made by its first line, with its folder, and anew when it is deleted.
 
     A line that cannot be written, on a full disk say, stops no run: it is reported once on stderr.
+    So is another run that writes to the file: worker 0 of a run holds a lock on it.
     """
 
-    reported = False
+    is_incomplete = is_shared = False
+
+    def __init__(self, path: Path, rank: int = 0):
+        super().__init__(path, delay=True)
+        self.rank = rank
 
     def _open(self):
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
-        return super()._open()
+        stream = super()._open()
+        try:
+            if self.rank == 0:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not self.is_shared:
+                self.is_shared = True
+                print(
+                    f'another run writes to {self.baseFilename}, too: vis.py --curves cannot tell '
+                    'the two apart; give each a --log-file of its own',
+                    file=sys.stderr,
+                )
+        except OSError:  # a file system without locks
+            pass
+        return stream
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
@@ -34,8 +54,8 @@ class LogFile(logging.handlers.WatchedFileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Report, once, that the log is incomplete."""
-        if not self.reported:
-            self.reported = True
+        if not self.is_incomplete:
+            self.is_incomplete = True
             print(
                 f'cannot write the log file {self.baseFilename} ({sys.exc_info()[1]}): '
                 'training goes on without it',
@@ -78,7 +98,7 @@ def log_to(path: Path, rank: int = 0) -> Iterator[None]:
         The number of this worker, which every line names.
     """
     check_log_path(path)
-    logger, file, console = logging.getLogger(), LogFile(path, delay=True), logging.StreamHandler()
+    logger, file, console = logging.getLogger(), LogFile(path, rank), logging.StreamHandler()
     level = logger.level
     logger.setLevel(logging.INFO)
     for handler in (file, console):

@@ -66,6 +66,22 @@ def test_failure_is_logged_to_the_file(capsys):
     assert 'it failed' not in capsys.readouterr().err
 
 
+def test_log_of_another_run_is_reported(capsys):
+    """Not that of another worker of the same run."""
+    with log_to(Path('log.txt')):
+        logging.info('first')
+        with log_to(Path('log.txt'), rank=1), log_to(Path('other.txt')):
+            logging.info('second')
+        assert 'another run' not in capsys.readouterr().err
+        with log_to(Path('log.txt')):
+            for _ in range(3):
+                logging.info('third')
+        assert capsys.readouterr().err.count('another run writes to ') == 1
+    with log_to(Path('log.txt')):
+        logging.info('fourth')
+    assert 'another run' not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('what', ['file', 'folder'])
 def test_deleted_log_is_made_again(what):
     path = Path('folder/log.txt')
