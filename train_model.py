@@ -21,6 +21,7 @@ from common.environment import mx
 from center_loss import Accuracy, CenterLossMetric, CrossEntropy
 from common.averaging import Average
 from common.checkpoints import Checkpoints
+from common.data_facts import check_data_facts
 from common.devices import check_enough_images, check_equal_shares
 from common.distributed import check_agreement, connected
 from common.errors import Failure, InputError
@@ -102,7 +103,7 @@ def fit(
         a function ``data(batch_size, num_parts=, part_index=)`` that returns them for worker
         ``part_index`` of ``num_parts``. A continued run is exact if ``train.start_epoch(epoch)``
         exists, as for ``data.DualLabelIter``; not with Dropout, SGLD or Nadam, parts of whose state
-        are not saved. A dict ``train.data_facts`` is saved for inference.
+        are not saved. A dict ``train.data_facts`` is saved for inference, see ``check_data_facts``.
     compute_network
         The same, with the same parameters and outputs, in a form that is faster to compute: it is
         bound in the place of ``network``.
@@ -244,6 +245,7 @@ def fit(
             'data_sha256': data_facts.get('sha256'),
         }
         options, data_facts = json.loads(json.dumps([options, data_facts], default=as_plain))
+        check_data_facts(data_facts, 'train.data_facts')
         logger.info('versions: %s', json.dumps(versions()))
         arguments = {**(record or {}), **options}
         given = {name: value for name, value in arguments.items() if value is not None}

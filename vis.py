@@ -62,6 +62,7 @@ __all__ = ['embed', 'main', 'plot_embeddings']
 
 FRAME_IMAGES = 2000  # of an animation
 MAX_LISTED_CLASSES = 10
+MAX_NAME = 24  # characters of the name beside a star
 NO_BREAK = '\xa0'  # between the words of a title that stay on one line
 DEFAULT_OUTPUT = {'grid': 'grid.png', 'curves': 'curves.png'}
 
@@ -77,7 +78,8 @@ class Panel(NamedTuple):
     """One panel: embeddings float32 (N, d), labels (N,), the title above and the caption below it.
 
     ``seen`` are the labels of the classes in training (None: all), ``report`` is what is printed,
-    ``marked`` are the names and embeddings (d,) of other images.
+    ``marked`` are the names and embeddings (d,) of other images, ``plane`` is what all of them are
+    viewed in (None: :func:`common.pictures.viewing_plane`).
     """
 
     embeddings: np.ndarray
@@ -87,6 +89,7 @@ class Panel(NamedTuple):
     seen: Sequence[int] | None = None
     report: str = ''
     marked: Sequence[tuple[str, np.ndarray]] = ()
+    plane: pictures.Plane | None = None
 
 
 def make_panel(
@@ -157,7 +160,7 @@ def warn_of_other_data(path: Path, trained_on: str | None, dataset: str) -> None
             path,
             trained_on,
             dataset,
-            ', all images of which it was trained on' if seen else '',
+            ', whose images are among the training images of mnist' if seen else '',
         )
 
 
@@ -236,8 +239,17 @@ def plot_embeddings(
         point = (embedding - plane.origin) @ plane.axes.T
         ax.plot(*point, '*', ms=13, color='black', mec='white', mew=0.8, zorder=4)
         outline = [withStroke(linewidth=2.5, foreground='white')]
-        beside = {'xytext': (6, 4), 'textcoords': 'offset points', 'fontsize': 9, 'zorder': 5}
-        ax.annotate(name, point, **beside, color='black', path_effects=outline)
+        # Towards the middle, and without a say in the size of the panel.
+        on_the_left = 2 * point[0] < points[:, 0].min() + points[:, 0].max()
+        beside = (
+            {'xytext': (6, 4), 'ha': 'left'} if on_the_left else {'xytext': (-6, 4), 'ha': 'right'}
+        )
+        beside |= {'textcoords': 'offset points', 'fontsize': 9, 'zorder': 5}
+        short = (
+            name if len(name) <= MAX_NAME else f'{name[: MAX_NAME // 2]}…{name[-MAX_NAME // 2 :]}'
+        )
+        text = ax.annotate(short, point, **beside, color='black', path_effects=outline)
+        text.set_in_layout(False)
     ax.set_aspect('equal', adjustable='datalim')
     inches = ax.get_window_extent().width / ax.figure.dpi
     ax.set_title(textwrap.fill(title, int(11.5 * inches)).replace(NO_BREAK, ' '))
@@ -266,7 +278,8 @@ def draw_embeddings(panels: Sequence[Panel], class_names: Sequence[str]) -> Figu
                 panel.title,
                 panel.caption,
                 panel.seen,
-                marked=panel.marked,
+                panel.plane,
+                panel.marked,
             )
     return figure
 
@@ -276,6 +289,8 @@ def animate(panels: Sequence[Panel], class_names: Sequence[str], path: Path) -> 
     labels = panels[-1].labels
     sample = np.sort(np.random.default_rng(0).permutation(len(labels))[:FRAME_IMAGES])
     plane = pictures.viewing_plane(panels[-1].embeddings)
+    names = [name.replace('of the variance', 'of the last variance') for name in plane.names]
+    plane = plane._replace(names=names)
     points = np.concatenate(
         [(panel.embeddings[sample] - plane.origin) @ plane.axes.T for panel in panels]
     )
@@ -393,6 +408,8 @@ def choose_runs(args: argparse.Namespace) -> list[tuple[str, int]]:
     newest = newest_epoch(args.model_prefix)
     if args.animate:
         return [(args.model_prefix, epoch) for epoch in Checkpoints(args.model_prefix).epochs()]
+    if args.epoch:
+        Checkpoints(args.model_prefix).check_epoch(args.epoch)
     runs = [(args.model_prefix, args.epoch or newest)]
     if args.compare is not None:
         runs.insert(0, (args.compare, newest_epoch(args.compare, '--compare')))
@@ -454,6 +471,9 @@ def main(argv: Sequence[str] = ()) -> None:
                 make_panel(checkpoints[prefix], epoch, name, digits, split, own)
                 for ((prefix, epoch), name), split in progress(wanted, 'embedding', 'checkpoint')
             ]
+            if args.split == 'both':  # in one plane: the axes of the two mean the same
+                planes = [pictures.viewing_plane(panel.embeddings) for panel in panels[::2]]
+                panels = [panel._replace(plane=planes[i // 2]) for i, panel in enumerate(panels)]
             report = [panel.report for panel in panels]
             if args.animate:
                 animate(panels, digits.class_names, output)

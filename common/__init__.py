@@ -8,7 +8,7 @@ Several processes
     ``launcher`` (on this machine), ``distributed``.
 Files of a run
     ``checkpoints``; below it ``checkpoint_files``, ``symbol_file``, ``array_file``,
-    ``former_checkpoints``; ``log_file``, ``versions``.
+    ``former_checkpoints``; ``data_facts``, ``log_file``, ``versions``.
 A trained network
     ``embedder``, ``evaluation``, ``pictures``, ``curves``; ``images`` and ``image_files`` of one's
     own.

@@ -164,13 +164,17 @@ class Checkpoints(CheckpointFiles):
             state = self._arrays(epoch, 'resume', content)
         return Checkpoint(epoch, *untagged(params), state, content['options'])
 
-    def load_params(self, epoch: int) -> tuple[dict, dict]:
-        """Return weights and centers by name; warn without a checksum; errors as :meth:`load`."""
+    def check_epoch(self, epoch: int) -> None:
+        """Raise InputError where an epoch has no checkpoint."""
         if epoch not in self.epochs():
             raise InputError(
                 f'there is no {self.params_path(epoch)}; epochs of {self.prefix} that have a '
                 f'checkpoint: {", ".join(map(str, self.epochs())) or "none"}'
             )
+
+    def load_params(self, epoch: int) -> tuple[dict, dict]:
+        """Return weights and centers by name; warn without a checksum; errors as :meth:`load`."""
+        self.check_epoch(epoch)
         content = self._content(epoch)
         if content is None and not self._reported:
             self._reported = True

@@ -15,7 +15,9 @@ from common.pictures import distinct_colors, new_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
+MAX_NAME = 50  # characters of a path in the legend
 METRICS = ('accuracy', 'cross-entropy', 'center_loss')
 # A line of the first worker, in MXNet's format.
 LINE = re.compile(
@@ -70,8 +72,10 @@ def read_log(path: str | Path) -> Curves:
 
 
 def validation_images(path: str | Path) -> str:
-    """Return what the last run of a log validated on: 'test' or 'held-out'."""
-    named = re.findall(r"start with arguments .*\bvalidate_on='([\w-]+)'", _read_text(path))
+    """Return what the last run of a log that has a number validated on: 'test' or 'held-out'."""
+    text = _read_text(path)
+    *_, end = 0, *(line.start() for line in LINE.finditer(text))
+    named = re.findall(r"start with arguments .*\bvalidate_on='([\w-]+)'", text[:end])
     return named[-1] if named else 'test'
 
 
@@ -102,7 +106,9 @@ def draw_curves(paths: Sequence[str]) -> tuple[Figure, list[str]]:
         for (ax, metric), split in itertools.product(zip(axes, metrics, strict=True), names):
             curve = log.get((split, metric), {})
             style = {'ls': '--', 'alpha': 0.7} if split == 'Train' else {'marker': 'o', 'ms': 3.5}
-            label = f'{printable(path)}, {names[split]} images'
+            if len(curve) == 1:
+                style['marker'] = 'o'
+            label = f'{short_name(path)}, {names[split]} images'
             ax.plot(list(curve), list(curve.values()), color=color, label=label, **style)
         last = [
             f'{names[split]} {metric.replace("_", " ")} {list(curve.values())[-1]:.4f}'
@@ -112,14 +118,29 @@ def draw_curves(paths: Sequence[str]) -> tuple[Figure, list[str]]:
         report.append(f'{printable(path)}: epoch {epoch}, last: {", ".join(last)}')
     for ax, metric in zip(axes, metrics, strict=True):
         style_curves(ax, metric)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc='outside lower center',
-        ncols=min(len(logs), 3),
-        frameon=False,
-        fontsize=11,
-    )
+    add_legend(figure, *axes[0].get_legend_handles_labels(), max_columns=min(len(logs), 3))
     return figure, report
+
+
+def short_name(path: str) -> str:
+    """Return the end of a path that fits a legend; matplotlib leaves out what begins with _."""
+    name = printable(path)
+    if len(name) > MAX_NAME:
+        return f'…{name[1 - MAX_NAME :]}'
+    return f'./{name}' if name.startswith('_') else name
+
+
+def add_legend(
+    figure: Figure, lines: Sequence[Line2D], labels: Sequence[str], max_columns: int
+) -> None:
+    """Write a legend below the panels, in as many columns as fit."""
+    for columns in range(max_columns, 0, -1):
+        legend = figure.legend(
+            lines, labels, loc='outside lower center', ncols=columns, frameon=False, fontsize=11
+        )
+        if columns == 1 or legend.get_window_extent().width < figure.bbox.width:
+            return
+        legend.remove()
 
 
 def style_curves(ax: Axes, metric: str) -> None:
@@ -127,7 +148,7 @@ def style_curves(ax: Axes, metric: str) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     ax.set(title=metric.replace('_', ' '), xlabel='epoch')
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     if metric == 'accuracy':
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         # The first epochs would press the others against the upper edge.
@@ -138,5 +159,7 @@ def style_curves(ax: Axes, metric: str) -> None:
     elif any(value > 0 for line in ax.get_lines() for value in line.get_ydata()):
         ax.set_yscale('log')  # the loss of one run may be a hundred times that of another
         ax.yaxis.set_major_formatter('{x:g}')
-        ax.yaxis.set_minor_formatter(lambda x, position: f'{x:g}' if f'{x:e}'[0] in '235' else '')
+        low, high = ax.get_ylim()
+        labeled = '123456789' if high < 3 * low else '235'  # first digits
+        ax.yaxis.set_minor_formatter(lambda x, _: f'{x:g}' if f'{x:e}'[0] in labeled else '')
         ax.grid(which='minor')

@@ -18,6 +18,7 @@ import numpy as np
 
 from common.environment import mx
 from common.checkpoints import Checkpoints
+from common.data_facts import check_data_facts
 from common.errors import InputError
 from common.module import find_center_losses
 from common.symbol_file import NOT_IN_NETWORK, parameter_mismatches
@@ -127,7 +128,8 @@ class Embedder:
                     'or name another run'
                 )
         self.checkpoints, self.epoch = checkpoints, epoch
-        facts = checkpoints.load_inference(epoch)
+        facts, source = checkpoints.load_inference(epoch), str(checkpoints.params_path(epoch))
+        check_data_facts(facts, source)
         trained_shape = tuple(facts.get('image_shape', image_shape or (28, 28)))
         self.image_shape = tuple(image_shape or trained_shape)
         if self.image_shape != trained_shape:
@@ -143,6 +145,7 @@ class Embedder:
         self.rejection_distance = facts.get('rejection_distance')
         self._module = self._bind(network, arg_params, aux_params)
         (_, (_, dimension)), (_, (_, num_classes)) = self._module.output_shapes
+        check_data_facts(facts, source, num_classes)
         names = [*facts.get('class_names', ())]
         names += map(str, range(len(names), num_classes))
         self.class_names = tuple(names[:num_classes])

@@ -9,7 +9,7 @@ import numpy as np
 from common.checkpoints import Checkpoints
 from common.embedder import BATCH_SIZE, Embedder
 
-VERIFIED_IMAGES = 4000  # 8 million pairs: all test images of four digits
+VERIFIED_IMAGES = 4000  # 8 million pairs; four digits have some 4,000 test images
 FALSE_ACCEPTS = 0.01
 
 

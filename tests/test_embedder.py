@@ -81,6 +81,24 @@ def test_facts_of_the_data():
     assert train.data_facts == {**facts, 'image_shape': [28, 28], 'sha256': sha256}
 
 
+@pytest.mark.parametrize(
+    'facts, problem',
+    [
+        ({'image_shape': [1, 28, 28]}, 'image_shape has to be two whole numbers, height and width'),
+        ({'image_shape': [784]}, 'image_shape has to be two whole numbers'),
+        ({'class_names': list(range(10))}, 'class_names has to be a list of texts, not '),
+        ({'classes': [0, 1.5]}, 'classes has to be a list of whole numbers'),
+        ({'classes': [0, 1]}, r'classes has to be .* one for each class, not \[0, 1\]'),
+    ],
+)
+def test_facts_that_are_something_else(run, facts, problem):
+    saved, symbol = Checkpoints(run).load(3), Checkpoints(run).load_symbol()
+    arrays = saved.arg_params, saved.aux_params, {}
+    Checkpoints('facts').save(1, symbol, *arrays, {}, inference=facts)
+    with pytest.raises(InputError, match=f'^facts-0001.params: {problem}'):
+        Embedder('facts')
+
+
 def test_older_checkpoint(run, sample):
     """Without the facts: MNIST is assumed, and nothing is like none of the classes."""
     saved = Checkpoints(run).load(3)

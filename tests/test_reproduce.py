@@ -177,6 +177,8 @@ def test_share_between_neighbors():
     square = [(0, 0), (4, 0), (4, 3), (0, 3), (2, 1)]
     assert arrangement.share_between_neighbors(square, confused) == 2 / 5
     assert arrangement.confusions(labels, labels) == {}
+    with pytest.raises(InputError, match='the reference runs have no confusions'):
+        arrangement.share_between_neighbors(square, {})
 
 
 @pytest.mark.slow

@@ -778,6 +778,14 @@ def test_options_may_be_numbers_of_numpy(caplog):
     assert 'resuming with' not in caplog.text
 
 
+def test_facts_are_checked_before_the_training():
+    train, val = small_data()(50)
+    train.data_facts = {'image_shape': (1, 28, 28)}
+    with pytest.raises(InputError, match='image_shape has to be two whole numbers'):
+        train_small(data=(train, val))
+    assert not Path('run-0001.params').exists()
+
+
 def test_network_that_the_tools_will_not_load(caplog):
     """It is trained and saved, and the log says so before."""
     train_small(num_epochs=1)

@@ -19,7 +19,7 @@ from test_evaluation import embed_by_hand, save_untrained, statistics_by_hand
 
 from common.environment import mx
 from common import pictures
-from common.curves import draw_curves, read_log, validation_images
+from common.curves import METRICS, draw_curves, read_log, validation_images
 from common.errors import Failure, InputError
 from common.evaluation import verify
 import data
@@ -303,8 +303,14 @@ def test_other_data_are_named(tmp_path, caplog):
     prefix = ROOT / 'data' / 'trained' / 'center_loss'
     output = f'--output={tmp_path / "picture.png"}'
     vis.main([f'--model-prefix={prefix}', '--dataset=mnist-5k', output])
-    said = 'was trained on mnist and is measured on mnist-5k, all images of which it was trained on'
+    said = 'was trained on mnist and is measured on mnist-5k, whose images are among the training '
     assert f'{prefix}-0008.params {said}' in caplog.text
+
+
+def test_missing_epoch_is_found_before_the_data(runs, monkeypatch):
+    monkeypatch.setattr(data, 'load_digits', lambda *_: pytest.fail('the data were searched for'))
+    with pytest.raises(InputError, match=r'there is no center_loss-0009\.params; epochs of '):
+        vis.main(['--epoch=9'])
 
 
 def fake_panel(num_classes, count=3000, spread=0.5, title='title'):
@@ -537,10 +543,12 @@ def test_read_log_of_one_epoch(tmp_path):
 
 def test_validation_images(tmp_path):
     start = 'x start with arguments Namespace(dataset=None, validate_on={!r}, seed=0)\n'
+    epoch = 'x Epoch[0] Validation-accuracy=0.5\n'
     for text, expected in (
         (LOG, 'test'),
-        (start.format('held-out'), 'held-out'),
-        (start.format('held-out') + start.format('test'), 'test'),
+        (start.format('held-out') + epoch, 'held-out'),
+        (start.format('held-out') + epoch + start.format('test') + epoch, 'test'),
+        (start.format('held-out') + epoch + start.format('test'), 'held-out'),  # stopped at once
     ):
         (tmp_path / 'log.txt').write_text(text)
         assert validation_images('log.txt') == expected
@@ -548,7 +556,6 @@ def test_validation_images(tmp_path):
 
 def test_curves(runs, draw, capsys):
     figure = draw('--curves', 'old.txt', 'log.txt')
-    metrics = ['accuracy', 'cross-entropy', 'center_loss']
     assert [ax.get_title() for ax in figure.axes] == ['accuracy', 'cross-entropy', 'center loss']
     assert {ax.get_xlabel() for ax in figure.axes} == {'epoch'}
     labels = [
@@ -561,7 +568,7 @@ def test_curves(runs, draw, capsys):
         {key: curve for key, curve in CURVES.items() if key[1] != 'cross-entropy'},
         CURVES,
     ]
-    for ax, metric in zip(figure.axes, metrics, strict=True):
+    for ax, metric in zip(figure.axes, METRICS, strict=True):
         lines = ax.get_lines()
         assert [line.get_label() for line in lines] == labels
         for line, (log, split) in zip(
@@ -608,6 +615,69 @@ def test_accuracy_of_one(tmp_path):
     figure, _ = draw_curves([tmp_path / 'log.txt'])
     bottom, top = figure.axes[0].get_ylim()
     assert bottom < 1 < top
+
+
+def one_epoch_log():
+    """The lines of a log after one epoch."""
+    curves = itertools.product(('Train', 'Validation'), METRICS)
+    return ''.join(f'x Epoch[0] {split}-{metric}=0.5\n' for split, metric in curves)
+
+
+def test_curves_of_one_epoch(tmp_path):
+    (tmp_path / 'log.txt').write_text(one_epoch_log())
+    figure, _ = draw_curves(['log.txt'])
+    for ax in figure.axes:
+        assert [line.get_marker() for line in ax.get_lines()] == ['o', 'o']
+        assert [tick for tick in ax.get_xticks() if 0.9 < tick < 1.1] == [1]
+
+
+@pytest.mark.parametrize('losses', [(1.9, 1.6), (0.7, 0.05), (40, 31)])
+def test_losses_have_labeled_ticks(losses, tmp_path):
+    lines = [f'x Epoch[{i}] Train-cross-entropy={loss}\n' for i, loss in enumerate(losses)]
+    (tmp_path / 'log.txt').write_text(''.join(lines))
+    figure, _ = draw_curves(['log.txt'])
+    figure.canvas.draw()
+    axis, (low, high) = figure.axes[1].yaxis, figure.axes[1].get_ylim()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    shown = [tick for tick in ticks if low <= tick.get_loc() <= high and tick.label1.get_text()]
+    assert len(shown) >= 2
+
+
+@pytest.mark.parametrize(
+    'paths',
+    [['_a.txt', 'b.txt'], ['c' * 96, 'd' * 96], [f'{"long-" * 10}/{i}.txt' for i in range(3)]],
+)
+def test_legend_is_whole(paths, tmp_path):
+    for path in paths:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(one_epoch_log())
+    figure, _ = draw_curves(paths)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 2 * len(paths)
+    assert legend.get_window_extent().width < figure.bbox.width
+
+
+@pytest.mark.parametrize('length', [5, 200])
+@pytest.mark.parametrize('panels', [1, 3])
+def test_name_of_a_star_leaves_the_panel_its_size(length, panels):
+    star = ('n' * length, np.array([9.0, 0.0]))
+    sizes = []
+    for marked in ([], [star]):
+        panel = fake_panel(10)._replace(marked=marked)
+        figure = vis.draw_embeddings([panel] * panels, NAMES)
+        figure.canvas.draw()
+        sizes.append(figure.axes[0].get_window_extent().width)
+        texts = [text for ax in figure.axes for text in ax.texts if 'n' in text.get_text()]
+        for text in texts:
+            assert text.get_window_extent().x1 < figure.bbox.width
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+
+
+def test_both_splits_are_in_one_plane(runs, draw):
+    figure = draw('--model-prefix', 'wide', '--split=both')
+    left, right = figure.axes
+    assert left.get_xlabel() == right.get_xlabel() and 'principal component 1' in left.get_xlabel()
 
 
 @pytest.mark.filterwarnings('error')

@@ -65,6 +65,8 @@ def share_between_neighbors(centers: Sequence[Sequence[float]], reference: dict[
     ``reference`` are those of a network with a larger embedding, in which any two classes can be
     neighbors: it confuses digits that look alike. It has to have some.
     """
+    if not reference:
+        raise InputError('the reference runs have no confusions: none of them is whole')
     adjacent = {f'{i}-{j}' for i, j in neighbors(centers)}
     between = sum(count for pair, count in reference.items() if pair in adjacent)
     return between / sum(reference.values())

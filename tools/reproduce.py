@@ -26,7 +26,7 @@ import sys
 
 from common.environment import available_cpus
 from common.command_line import ArgumentParser, number, run_script
-from common.errors import InputError
+from common.errors import Failure, InputError
 from common.files import replace_when_whole
 from common.pictures import picture_style, save_picture
 from data import DATASETS, load_digits
@@ -113,7 +113,11 @@ def path_of(folder: Path, file: str, dataset: str) -> Path:
 
 
 def draw(args: argparse.Namespace, runs: Runs) -> None:
-    """Draw the pictures of the chosen parts, and print the command of each that vis.py draws."""
+    """Draw the pictures of the chosen parts, and print the command of each that vis.py draws.
+
+    Raises Failure, at the end, if some could not be drawn.
+    """
+    not_drawn = []
     for part, file, options in PICTURES:
         if part in args.only:
             option = '--animate' if file.endswith('.gif') else '--output'
@@ -127,19 +131,25 @@ def draw(args: argparse.Namespace, runs: Runs) -> None:
                 env={**os.environ, 'MPLBACKEND': 'Agg'},
             )
             if drawn.returncode:
-                print(f'{path.name} was not drawn', file=sys.stderr)
+                not_drawn.append(path.name)
     if 'arrangement' in args.only:
         whole = [run for run in runs[ARRANGED] if 'failure' not in run.result()]
         whole.sort(key=lambda run: run.result()['accuracy'])
-        confused = reference(runs)
-        with picture_style():
-            figure = draw_arrangements(
-                [run.prefix for run in whole],
-                [f'seed {run.seed}' for run in whole],
-                [share(run, confused) for run in whole],
-                load_digits(args.dataset, args.data_dir),
-            )
-            save_picture(figure, path_of(args.images, 'arrangement.png', args.dataset))
+        path = path_of(args.images, 'arrangement.png', args.dataset)
+        if whole:
+            confused = reference(runs)
+            with picture_style():
+                figure = draw_arrangements(
+                    [run.prefix for run in whole],
+                    [f'seed {run.seed}' for run in whole],
+                    [share(run, confused) for run in whole],
+                    load_digits(args.dataset, args.data_dir),
+                )
+                save_picture(figure, path)
+        else:
+            not_drawn.append(path.name)
+    if not_drawn:
+        raise Failure(f'not drawn: {", ".join(not_drawn)}')
 
 
 def main(argv: Sequence[str] = ()) -> None:
