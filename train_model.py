@@ -300,7 +300,7 @@ def fit(
         monitor = TrainingMonitor(batch_size, num_batches, num_epochs, shown=kv.rank == 0)
         callbacks = [average] if average.share else []
         callbacks += [batch_end_callback] if callable(batch_end_callback) else batch_end_callback
-        # The last one, which resets the metrics.
+        # The one that logs comes last: it resets the metrics.
         callbacks += [stack.enter_context(monitor), mx.callback.Speedometer(batch_size, LOG_EVERY)]
         try:
             module.fit(

@@ -239,16 +239,13 @@ def plot_embeddings(
         point = (embedding - plane.origin) @ plane.axes.T
         ax.plot(*point, '*', ms=13, color='black', mec='white', mew=0.8, zorder=4)
         outline = [withStroke(linewidth=2.5, foreground='white')]
-        # Towards the middle, and without a say in the size of the panel.
-        on_the_left = 2 * point[0] < points[:, 0].min() + points[:, 0].max()
-        beside = (
-            {'xytext': (6, 4), 'ha': 'left'} if on_the_left else {'xytext': (-6, 4), 'ha': 'right'}
-        )
+        if len(name) > MAX_NAME:
+            name = f'{name[: MAX_NAME // 2]}…{name[-MAX_NAME // 2 :]}'
+        # Towards the middle of the panel, and without a say in its size.
+        is_left = 2 * point[0] < points[:, 0].min() + points[:, 0].max()
+        beside = {'xytext': (6 if is_left else -6, 4), 'ha': 'left' if is_left else 'right'}
         beside |= {'textcoords': 'offset points', 'fontsize': 9, 'zorder': 5}
-        short = (
-            name if len(name) <= MAX_NAME else f'{name[: MAX_NAME // 2]}…{name[-MAX_NAME // 2 :]}'
-        )
-        text = ax.annotate(short, point, **beside, color='black', path_effects=outline)
+        text = ax.annotate(name, point, **beside, color='black', path_effects=outline)
         text.set_in_layout(False)
     ax.set_aspect('equal', adjustable='datalim')
     inches = ax.get_window_extent().width / ax.figure.dpi
@@ -289,7 +286,7 @@ def animate(panels: Sequence[Panel], class_names: Sequence[str], path: Path) -> 
     labels = panels[-1].labels
     sample = np.sort(np.random.default_rng(0).permutation(len(labels))[:FRAME_IMAGES])
     plane = pictures.viewing_plane(panels[-1].embeddings)
-    names = [name.replace('of the variance', 'of the last variance') for name in plane.names]
+    names = [name.replace('of the variance', 'of the final variance') for name in plane.names]
     plane = plane._replace(names=names)
     points = np.concatenate(
         [(panel.embeddings[sample] - plane.origin) @ plane.axes.T for panel in panels]
