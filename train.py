@@ -414,11 +414,7 @@ def start_workers(
     begin = 0 if args.resume else time.time()
 
     def resume_hint():
-        paths = map(checkpoints.params_path, checkpoints.epochs())
-        endings = '.json', '.states'  # of the file that is written last, now and formerly
-        whole = [path for path in paths if any(path.with_suffix(e).exists() for e in endings)]
-        saved = [path for path in whole if path.exists() and path.stat().st_mtime >= begin]
-        return describe_saved(checkpoints.prefix, saved, how_to_continue)
+        return describe_saved(checkpoints.prefix, checkpoints.saved_since(begin), how_to_continue)
 
     run_workers([sys.executable, SCRIPT, *argv], args.num_workers, resume_hint)
 

@@ -218,7 +218,7 @@ def fit(
                     whole, _ = load(batch_size * kv.num_workers, num_parts=1, part_index=0)
                 arg_params = initial_params(computed, whole, initializer)
                 start = dataclasses.replace(start, arg_params=arg_params)
-                rewind(whole)
+                whole.reset()
         start = share_start(kv, start)
         if kv.rank > 0 and start.resumed:
             saved_epochs.append(start.epoch)
@@ -299,9 +299,9 @@ def fit(
 
         monitor = TrainingMonitor(batch_size, num_batches, num_epochs, shown=kv.rank == 0)
         callbacks = [average] if average.share else []
+        callbacks.append(stack.enter_context(monitor))
         callbacks += [batch_end_callback] if callable(batch_end_callback) else batch_end_callback
-        # The one that logs comes last: it resets the metrics.
-        callbacks += [stack.enter_context(monitor), mx.callback.Speedometer(batch_size, LOG_EVERY)]
+        callbacks.append(mx.callback.Speedometer(batch_size, LOG_EVERY))  # it resets the metrics
         try:
             module.fit(
                 train,
@@ -346,14 +346,6 @@ def count_batches(train: mx.io.DataIter) -> int:
 def as_plain(value: object) -> object:
     """Return a NumPy number or array as numbers and lists, anything else as text."""
     return value.tolist() if hasattr(value, 'tolist') else str(value)
-
-
-def rewind(train: mx.io.DataIter) -> None:
-    """Begin the first epoch again, after images of it have been used."""
-    if hasattr(train, 'start_epoch'):
-        train.start_epoch(0)
-    else:
-        train.reset()
 
 
 def independent_seed(seed: int) -> int:

@@ -285,9 +285,7 @@ def animate(panels: Sequence[Panel], class_names: Sequence[str], path: Path) -> 
     """Write the panels as frames: the same sample of the images in all of them, on fixed axes."""
     labels = panels[-1].labels
     sample = np.sort(np.random.default_rng(0).permutation(len(labels))[:FRAME_IMAGES])
-    plane = pictures.viewing_plane(panels[-1].embeddings)
-    names = [name.replace('of the variance', 'of the final variance') for name in plane.names]
-    plane = plane._replace(names=names)
+    plane = pictures.viewing_plane(panels[-1].embeddings, 'the final variance')
     points = np.concatenate(
         [(panel.embeddings[sample] - plane.origin) @ plane.axes.T for panel in panels]
     )
@@ -405,8 +403,6 @@ def choose_runs(args: argparse.Namespace) -> list[tuple[str, int]]:
     newest = newest_epoch(args.model_prefix)
     if args.animate:
         return [(args.model_prefix, epoch) for epoch in Checkpoints(args.model_prefix).epochs()]
-    if args.epoch:
-        Checkpoints(args.model_prefix).check_epoch(args.epoch)
     runs = [(args.model_prefix, args.epoch or newest)]
     if args.compare is not None:
         runs.insert(0, (args.compare, newest_epoch(args.compare, '--compare')))
@@ -469,7 +465,10 @@ def main(argv: Sequence[str] = ()) -> None:
                 for ((prefix, epoch), name), split in progress(wanted, 'embedding', 'checkpoint')
             ]
             if args.split == 'both':  # in one plane: the axes of the two mean the same
-                planes = [pictures.viewing_plane(panel.embeddings) for panel in panels[::2]]
+                planes = [
+                    pictures.viewing_plane(training.embeddings, 'the training variance')
+                    for training in panels[::2]
+                ]
                 panels = [panel._replace(plane=planes[i // 2]) for i, panel in enumerate(panels)]
             report = [panel.report for panel in panels]
             if args.animate:

@@ -63,6 +63,15 @@ class CheckpointFiles:
             if 'params' in self._kinds(epoch) or {'json', 'resume'} <= {*self._kinds(epoch)}
         )
 
+    def saved_since(self, begin: float) -> list[Path]:
+        """Return the parameters of the finished epochs saved at that time or later, in order."""
+        finished = [
+            self.params_path(epoch)
+            for epoch in self.epochs()
+            if {'json', 'states'} & {*self._kinds(epoch)}  # written last, now and formerly
+        ]
+        return [path for path in finished if path.exists() and path.stat().st_mtime >= begin]
+
     def _move(self, epoch, with_symbol=False):
         """Move the files of an epoch to another prefix, first its .json; return that prefix.
 

@@ -183,6 +183,7 @@ class Checkpoints(CheckpointFiles):
 
     def load_inference(self, epoch: int) -> dict:
         """Return ``inference`` of an epoch, see :meth:`save`; empty where it was not saved."""
+        self.check_epoch(epoch)
         return (self._content(epoch) or {}).get('inference', {})
 
     def load_symbol(self) -> mx.sym.Symbol:

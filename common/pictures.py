@@ -109,8 +109,11 @@ def distinct_colors(count: int) -> list[tuple[float, float, float]]:
     return [palettes[i % 3][i] for i in range(count)]
 
 
-def viewing_plane(embeddings: np.ndarray) -> Plane:
-    """Return the plane of embeddings (N, 2), or of the first two principal components of (N, d)."""
+def viewing_plane(embeddings: np.ndarray, variance: str = 'the variance') -> Plane:
+    """Return the plane of embeddings (N, 2), or of the first two principal components of (N, d).
+
+    The names of these say how much of ``variance``, that of the embeddings, they have.
+    """
     dimensions = embeddings.shape[1]
     if dimensions == 2:
         names = ('activation of the 1st neuron', 'activation of the 2nd neuron')
@@ -122,7 +125,7 @@ def viewing_plane(embeddings: np.ndarray) -> Plane:
     axes *= np.sign(axes[range(2), abs(axes).argmax(axis=1)])[:, None]
     shares = variances[:2] / max(variances.sum(), np.finfo(float).tiny)
     first, second = (
-        f'principal component {i} of {dimensions} dimensions ({share:.0%} of the variance)'
+        f'principal component {i} of {dimensions} dimensions ({share:.0%} of {variance})'
         for i, share in enumerate(shares, 1)
     )
     return Plane(embeddings.mean(axis=0, dtype=np.float64), axes, (first, second))

@@ -226,6 +226,15 @@ def test_names_of_many_classes(monkeypatch):
     assert contents() == before
 
 
+def test_saved_since():
+    """Finished epochs alone: the .json is written last."""
+    checkpoints = save(1, 2, 3)
+    Path('run-0003.json').unlink()
+    assert checkpoints.saved_since(0) == [Path('run-0001.params'), Path('run-0002.params')]
+    os.utime('run-0001.params', (1000, 1000))
+    assert checkpoints.saved_since(1001) == [Path('run-0002.params')]
+
+
 def test_none_whole_is_refused():
     checkpoints = save(1, 2)
     flip('run-0001.resume', 50)

@@ -307,10 +307,11 @@ def test_other_data_are_named(tmp_path, caplog):
     assert f'{prefix}-0008.params {said}' in caplog.text
 
 
-def test_missing_epoch_is_found_before_the_data(runs, monkeypatch):
+@pytest.mark.parametrize('options', [[], ['--grid', 'center_loss', 'softmax']])
+def test_missing_epoch_is_found_before_the_data(options, runs, monkeypatch):
     monkeypatch.setattr(data, 'load_digits', lambda *_: pytest.fail('the data were searched for'))
     with pytest.raises(InputError, match=r'there is no center_loss-0009\.params; epochs of '):
-        vis.main(['--epoch=9'])
+        vis.main(['--epoch=9', *options])
 
 
 def fake_panel(num_classes, count=3000, spread=0.5, title='title'):
@@ -674,10 +675,16 @@ def test_name_of_a_star_leaves_the_panel_its_size(length, panels):
     assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
 
 
-def test_both_splits_are_in_one_plane(runs, draw):
-    figure = draw('--model-prefix', 'wide', '--split=both')
-    left, right = figure.axes
-    assert left.get_xlabel() == right.get_xlabel() and 'principal component 1' in left.get_xlabel()
+def test_both_splits_are_in_one_plane(runs, sample, draw):
+    left, right = draw('--model-prefix', 'wide', '--split=both').axes
+    assert left.get_xlabel() == right.get_xlabel()
+    assert right.get_xlabel().endswith('of the training variance)')
+    training, _ = embed_by_hand('wide', 1, sample.train_images)
+    test, _ = embed_by_hand('wide', 1, sample.val_images)
+    plane = pictures.viewing_plane(training)
+    for label, drawn in points(right).items():
+        members = test[sample.val_labels == int(label)]
+        np.testing.assert_allclose(drawn, (members - plane.origin) @ plane.axes.T, atol=1e-4)
 
 
 @pytest.mark.filterwarnings('error')
