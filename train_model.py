@@ -168,7 +168,7 @@ def fit(
     check_equal_shares(batch_size, devices)
     momentum_option = {'momentum': momentum} if has_momentum(optimizer) else {}
     checkpoints = Checkpoints(save_model_prefix)
-    log_path = Path(os.path.expanduser(log_dir)) / log_file
+    log_path = Path(os.path.expanduser(log_dir)) / os.path.expanduser(log_file)
     if checkpoints.owns(log_path):
         raise InputError(f'--log_file={log_path} is a checkpoint of {save_model_prefix}')
 
@@ -257,8 +257,8 @@ def fit(
         module = Module(
             computed,
             initial_state=start.optimizer_state,
-            data_names=[desc.name for desc in train.provide_data],
-            label_names=[desc.name for desc in train.provide_label],
+            data_names=[name for name, *_ in train.provide_data],
+            label_names=[name for name, *_ in train.provide_label],
             context=devices,
         )
         average = Average(average_weights if kv.rank == 0 else 0, module, start.average)

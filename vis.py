@@ -257,9 +257,16 @@ def plot_embeddings(
     ax.annotate(caption, **below_the_label, ha='center', fontsize=11)
 
 
-def draw_embeddings(panels: Sequence[Panel], class_names: Sequence[str]) -> Figure:
-    """Return a figure of the panels: up to three in one row, more of them nearly in a square."""
+def draw_embeddings(
+    panels: Sequence[Panel], class_names: Sequence[str], in_pairs: bool = False
+) -> Figure:
+    """Return a figure of the panels: up to three in one row, more of them nearly in a square.
+
+    ``in_pairs`` keeps the first and the second, the third and the fourth, ... in one row.
+    """
     columns = len(panels) if len(panels) <= 3 else math.ceil(math.sqrt(len(panels)))
+    if in_pairs:
+        columns += columns % 2
     rows = math.ceil(len(panels) / columns)
     width, height = (7.5, 8.1) if len(panels) <= 2 else (5.5, 6.2)
     figure, axes = pictures.new_figure(rows, columns, width, height)
@@ -474,7 +481,7 @@ def main(argv: Sequence[str] = ()) -> None:
             if args.animate:
                 animate(panels, digits.class_names, output)
             else:
-                figure = draw_embeddings(panels, digits.class_names)
+                figure = draw_embeddings(panels, digits.class_names, args.split == 'both')
         if not args.animate:
             pictures.save_picture(figure, output)
     # After the picture is written, so that a closed pipe costs no picture.

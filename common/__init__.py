@@ -3,7 +3,8 @@
 Training
     ``training_options`` (command line), ``devices``, ``start`` (at a checkpoint or at the
     beginning), ``discriminants`` (initial embedding), ``module`` (the steps of several devices and
-    workers), ``vectorized`` (layers in faster forms), ``averaging``, ``monitoring``.
+    workers), ``grouped_updater``, ``vectorized`` (layers in faster forms), ``averaging``,
+    ``monitoring``.
 Several processes
     ``launcher`` (on this machine), ``distributed``.
 Files of a run

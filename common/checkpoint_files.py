@@ -63,6 +63,14 @@ class CheckpointFiles:
             if 'params' in self._kinds(epoch) or {'json', 'resume'} <= {*self._kinds(epoch)}
         )
 
+    def check_epoch(self, epoch: int) -> None:
+        """Raise InputError where an epoch has no checkpoint."""
+        if epoch not in self.epochs():
+            raise InputError(
+                f'there is no {self.params_path(epoch)}; epochs of {self.prefix} that have a '
+                f'checkpoint: {", ".join(map(str, self.epochs())) or "none"}'
+            )
+
     def saved_since(self, begin: float) -> list[Path]:
         """Return the parameters of the finished epochs saved at that time or later, in order."""
         finished = [

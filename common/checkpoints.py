@@ -21,7 +21,7 @@ from typing import NamedTuple
 from common.environment import mx
 from common.array_file import decode_arrays, encode_arrays, tagged, untagged
 from common.checkpoint_files import CheckpointFiles
-from common.errors import InputError
+from common.errors import DamagedCheckpoint, InputError, UncheckedCheckpoint
 from common.files import read_regular_file, sync_folder, temporary_path, write_synced
 from common.former_checkpoints import decode_former_states, former_state_fits
 from common.symbol_file import decode_symbol, encode_symbol
@@ -33,14 +33,6 @@ Arrays = Mapping[str, mx.nd.NDArray]
 
 MAX_JSON_SIZE = 2**25  # room for the names of a million classes
 MAX_SYMBOL_SIZE = 2**22
-
-
-class DamagedCheckpoint(InputError):
-    """A checkpoint whose bytes are not those that were written."""
-
-
-class UncheckedCheckpoint(InputError):
-    """A checkpoint without a checksum: of another program, or not finished."""
 
 
 class Checkpoint(NamedTuple):
@@ -116,7 +108,8 @@ class Checkpoints(CheckpointFiles):
                     f'{MAX_JSON_SIZE:,} are read again'
                 )
             write_synced(new['json'], [encoded])
-            # A kill between any two steps loses nothing, and leaves at most one epoch unfinished.
+            # A kill between any two steps leaves at most one epoch unfinished, and loses nothing
+            # but the network of the run that this one replaces.
             unchecked = {old for old in remove if 'json' not in self._kinds(old)}
             others = {old for old in remove if old > epoch} | unchecked  # of an earlier run
             moved = [
@@ -163,14 +156,6 @@ class Checkpoints(CheckpointFiles):
         else:
             state = self._arrays(epoch, 'resume', content)
         return Checkpoint(epoch, *untagged(params), state, content['options'])
-
-    def check_epoch(self, epoch: int) -> None:
-        """Raise InputError where an epoch has no checkpoint."""
-        if epoch not in self.epochs():
-            raise InputError(
-                f'there is no {self.params_path(epoch)}; epochs of {self.prefix} that have a '
-                f'checkpoint: {", ".join(map(str, self.epochs())) or "none"}'
-            )
 
     def load_params(self, epoch: int) -> tuple[dict, dict]:
         """Return weights and centers by name; warn without a checksum; errors as :meth:`load`."""

@@ -38,7 +38,7 @@ def fisher_discriminants(features: np.ndarray, labels: np.ndarray) -> np.ndarray
     deviations = features - means[index]
     within = deviations.T @ deviations / len(features)  # (F, F)
     # Shrunk towards a multiple of the identity, so that it can be inverted from few images; without
-    # any variance within a class, that is from one image of each, it is the identity.
+    # any variance within a class, that is from one image of each, it is such a multiple.
     variance = np.trace(within) / len(within) or 1
     within += SHRINKAGE * variance * np.eye(len(within))
     between = means - means.mean(axis=0)  # (K, F)
@@ -90,8 +90,8 @@ def discriminant_params(
     features = mx.sym.flatten(layers[f'{layer}_output'].get_children()[0])
     module = mx.mod.Module(
         mx.sym.Group([network, features]),
-        data_names=[desc.name for desc in train.provide_data],
-        label_names=[desc.name for desc in train.provide_label],
+        data_names=[name for name, *_ in train.provide_data],
+        label_names=[name for name, *_ in train.provide_label],
     )
     module.bind(train.provide_data, train.provide_label, for_training=False)
     module.init_params(initializer)

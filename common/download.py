@@ -14,7 +14,7 @@ from tqdm import tqdm
 from urllib3.exceptions import MaxRetryError
 
 from common.errors import InputError
-from common.files import replace_when_whole
+from common.files import printable, replace_when_whole
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,11 @@ def download(
     Raises
     ------
     InputError
-        With the reason for each mirror.
+        With the reason for each mirror; or if a file is there that is of other data.
     """
+    for file, digest in sha256.items():
+        if digest_of(folder / file) not in (None, digest):
+            raise InputError(f'{printable(folder / file)} is of other data, and not replaced')
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

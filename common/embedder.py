@@ -135,9 +135,7 @@ class Embedder:
         if self.image_shape != trained_shape:
             raise InputError(
                 '{} was trained on images of {} x {} pixels, and these have {} x {}: take others, '
-                'or another run'.format(
-                    checkpoints.params_path(epoch), *trained_shape, *self.image_shape
-                )
+                'or another run'.format(source, *trained_shape, *self.image_shape)
             )
         arg_params, aux_params = checkpoints.load_params(epoch)
         network = checkpoints.load_symbol()
@@ -213,15 +211,11 @@ class Embedder:
         """
         embeddings, logits = self.forward(images)
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities = powers / powers.sum(axis=1, keepdims=True)
         distances = None
         if self.centers is not None:
             distances = np.linalg.norm(embeddings[:, None] - self.centers, axis=2)
-        return Embedded(
-            embeddings,
-            powers / powers.sum(axis=1, keepdims=True),
-            distances,
-            self.rejection_distance,
-        )
+        return Embedded(embeddings, probabilities, distances, self.rejection_distance)
 
     def forward(
         self, images: np.ndarray, batch_size: int = BATCH_SIZE

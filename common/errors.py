@@ -23,5 +23,13 @@ class InputError(Failure, ValueError):
     exit_status = 2
 
 
+class DamagedCheckpoint(InputError):
+    """A checkpoint whose bytes are not those that were written."""
+
+
+class UncheckedCheckpoint(InputError):
+    """A checkpoint without a checksum: of another program, or not finished."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, handled like Ctrl-C."""

@@ -1,6 +1,6 @@
 """Checkpoints of others: the first form of this program's, and those of the original of 2016."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import json
 
 from common.array_file import MAGIC, decode_arrays
@@ -14,17 +14,19 @@ ORIGINAL_NAMES = {
 }
 
 
-def rename_original(arg_params: Mapping, aux_params: Mapping) -> tuple[dict, dict]:
-    """Return parameters with the names that those of the original of 2016 have here."""
+def rename_original(params: Mapping, wanted: Collection[str]) -> dict:
+    """Return parameters with the names that those of the original of 2016 have here.
+
+    Those names were given by MXNet. They stay where the network, whose parameters are called
+    ``wanted``, has them too, or has not what they are called here.
+    """
 
     def renamed(name):
         layer, separator, rest = name.partition('_')
-        return ORIGINAL_NAMES.get(name, ORIGINAL_NAMES.get(layer, layer) + separator + rest)
+        new = ORIGINAL_NAMES.get(name, ORIGINAL_NAMES.get(layer, layer) + separator + rest)
+        return new if name not in wanted and new in wanted else name
 
-    return tuple(
-        {renamed(name): value for name, value in params.items()}
-        for params in (arg_params, aux_params)
-    )
+    return {renamed(name): value for name, value in params.items()}
 
 
 def decode_former_states(data: bytes) -> dict | None:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 from importlib import metadata, util
 from pathlib import Path
+import sys
 from types import ModuleType
 
 import numpy as np
@@ -19,17 +20,23 @@ def import_mxnet() -> ModuleType:
     Raises
     ------
     InputError
-        If a shared library is missing, or NumPy is too new.
+        If a package or a shared library is missing, or NumPy is too new.
     """
     if np.__version__ >= '2':
         raise InputError(
             f'MXNet does not work with NumPy {np.__version__}: pip install -r requirements.txt '
             'installs one that it works with'
         )
-    with contextlib.suppress(OSError):
+    try:
         import mxnet
 
         return mxnet
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f'{error}: pip install -r requirements.txt, in the environment of {sys.executable}'
+        ) from None
+    except OSError:
+        pass
     nvidia = util.find_spec('nvidia')
     for folder in nvidia.submodule_search_locations if nvidia else ():
         for library in sorted(Path(folder).glob('*/lib/lib*.so.*')):

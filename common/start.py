@@ -85,7 +85,7 @@ def find_start(
                 'continue them with --resume, or choose another --save-model-prefix'
             )
         path = source.params_path(load_epoch)
-        arg_params, aux_params = rename_original(*source.load_params(load_epoch))
+        arg_params, aux_params = source.load_params(load_epoch)
         if load_epoch >= num_epochs:
             raise InputError(
                 f'--num-epochs={num_epochs} is the last epoch: it has to be above '
@@ -114,10 +114,17 @@ def match_parameters(start: Start, network: mx.sym.Symbol, train: mx.io.DataIter
         decode_symbol(encode_symbol(network))
     except ValueError as error:
         logger.warning('vis.py and the tools will not load checkpoints of this network: %s', error)
-    shapes = {desc.name: desc.shape for desc in [*train.provide_data, *train.provide_label]}
+    shapes = {name: shape for name, shape, *_ in [*train.provide_data, *train.provide_label]}
     if start.path is None:
         output_shapes(network, shapes)
         return start
+    if not start.resumed:
+        wanted = {*network.list_arguments(), *network.list_auxiliary_states()}
+        start = dataclasses.replace(
+            start,
+            arg_params=rename_original(start.arg_params, wanted),
+            aux_params=rename_original(start.aux_params, wanted),
+        )
     mismatches = list(parameter_mismatches(network, shapes, start.arg_params, start.aux_params))
     if start.resumed:
         if mismatches:

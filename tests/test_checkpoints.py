@@ -23,8 +23,8 @@ import pytest
 
 from common.environment import mx
 from common.array_file import decode_arrays, encode_arrays
-from common.checkpoints import Checkpoints, DamagedCheckpoint, UncheckedCheckpoint
-from common.errors import InputError
+from common.checkpoints import Checkpoints
+from common.errors import DamagedCheckpoint, InputError, UncheckedCheckpoint
 from common.former_checkpoints import rename_original
 from common.symbol_file import decode_symbol, encode_symbol, output_shapes, parameter_mismatches
 
@@ -1002,15 +1002,16 @@ def test_parameter_mismatches():
 
 
 def test_originals_names():
-    arg_params = ['convolution0_weight', 'convolution1_bias', 'fullyconnected0_weight', 'fc2_bias']
-    params = {name: name for name in [*arg_params, 'embedding_weight']}
-    assert rename_original(params, {'center_loss__center': 'c', 'fc_x_mean': 'm'}) == (
-        {
-            'conv1_weight': 'convolution0_weight',
-            'conv2_bias': 'convolution1_bias',
-            'fc1_weight': 'fullyconnected0_weight',
-            'fc2_bias': 'fc2_bias',
-            'embedding_weight': 'embedding_weight',
-        },
-        {'center_loss_center_bias': 'c', 'fc_x_mean': 'm'},
-    )
+    here = {
+        'convolution0_weight': 'conv1_weight',
+        'convolution1_bias': 'conv2_bias',
+        'fullyconnected0_weight': 'fc1_weight',
+        'fc2_bias': 'fc2_bias',
+        'embedding_weight': 'embedding_weight',
+        'center_loss__center': 'center_loss_center_bias',
+    }
+    params = {name: name for name in here}
+    renamed = rename_original(params, here.values())
+    assert renamed == {new: original for original, new in here.items()}
+    assert rename_original(params, here.keys()) == params  # of a network with MXNet's own names
+    assert rename_original(params, ['dense_weight']) == params

@@ -403,8 +403,9 @@ def test_wrapped_iterator_can_be_reset_early(num_batches, make, files):
         assert sorted(epoch_of(wrapped)[1]) == VALUES.tolist()
 
 
-def test_wrapper_keeps_images_that_roll_over():
-    wrapped = DualLabelWrapper(nd_iterator(last_batch_handle='roll_over'))
+@pytest.mark.parametrize('prefetch', [lambda iterator: iterator, mx.io.PrefetchingIter])
+def test_wrapper_keeps_images_that_roll_over(prefetch):
+    wrapped = DualLabelWrapper(prefetch(nd_iterator(last_batch_handle='roll_over')))
     counts = collections.Counter()
     for _ in range(5):
         labels = epoch_of(wrapped)[1]
@@ -412,6 +413,29 @@ def test_wrapper_keeps_images_that_roll_over():
         counts.update(labels.tolist())
         wrapped.reset()
     assert len(counts) == 130 and max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_iterator_with_plain_tuples():
+    class Plain(mx.io.DataIter):
+        provide_data = [('data', (50, 4))]  # noqa: RUF012  (as a user writes it)
+        provide_label = [('label', (50, 1))]  # noqa: RUF012
+
+        def next(self):
+            return mx.io.DataBatch([mx.nd.zeros((50, 4))], [mx.nd.ones((50, 1))], pad=30)
+
+    wrapped = DualLabelWrapper(Plain())
+    assert [(desc.name, desc.shape) for desc in wrapped.provide_data] == [('data', (50, 4))]
+    labels = [(desc.name, desc.shape, desc.dtype) for desc in wrapped.provide_label]
+    assert labels == [(name, (50,), np.float32) for name in ('softmax_label', 'center_label')]
+    assert [label.shape for label in next(wrapped).label] == [(20,), (20,)]
+
+
+def test_batches_are_on_the_cpu():
+    """Wherever MXNet's current context is: on another device, the write would go astray."""
+    train, _ = iterators(50)
+    with mx.Context('cpu', 1):
+        batch = next(train)
+    assert {array.context for array in [*batch.data, *batch.label]} == {mx.cpu()}
 
 
 def test_wrapper_passes_num_batches_only_if_known():
@@ -462,10 +486,10 @@ def test_wrapper_ignores_labels_in_the_padding():
     assert sum(len(batch.label[0]) for batch in wrapped) == 80
 
 
-@pytest.mark.parametrize('label', [4, -1, 1.5, np.nan])
+@pytest.mark.parametrize('label', [4, -1, 1.5, np.nan, 2.0000002, 1000001])
 def test_label_that_is_no_class(label):
     images, labels = np.zeros((3, 2, 2), np.uint8), np.array([0, 3, label])
-    with pytest.raises(InputError, match=f'^label {label:g} is not a whole number from 0 to 3$'):
+    with pytest.raises(InputError, match=f'^label {label} is not a whole number from 0 to 3$'):
         DualLabelIter(images, labels, (4,), lambda epoch: [np.arange(3)], num_classes=4)
     DualLabelIter(images, np.array([0, 3, 1], np.uint8), (4,), lambda epoch: [np.arange(3)], 4)
 

@@ -365,6 +365,19 @@ def test_damaged_file_is_fetched_again(name, empty_machine, monkeypatch, caplog)
     assert f'mnist/{name}: not an IDX file' in caplog.text
 
 
+def test_files_of_other_data_are_not_replaced(empty_machine, monkeypatch, caplog):
+    write_set(empty_machine / 'mnist', WHOLE)
+    other, content = empty_machine / 'mnist' / f'{LABELS}.gz', BODIES[f'{FILES[3]}.gz']
+    other.write_bytes(content)
+    with serving() as server:
+        offer(monkeypatch, server.url)
+        with pytest.raises(InputError, match=f'{LABELS}.gz is of other data, and not replaced'):
+            load_digits('mnist')
+        assert load_digits('auto').dataset == 'mnist-5k'
+        assert not server.requests
+    assert other.read_bytes() == content
+
+
 @pytest.mark.parametrize('kind', ['a file', 'read-only'])
 def test_folder_that_cannot_be_written_to(kind, empty_machine, monkeypatch):
     """Nothing is downloaded then."""

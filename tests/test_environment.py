@@ -1,6 +1,7 @@
 """What is set before MXNet is imported, and what happens at exit."""
 
 import os
+import re
 
 import pytest
 
@@ -107,6 +108,16 @@ def test_quota_of_a_container_counts(files, expected, monkeypatch):
     monkeypatch.setattr(common.environment.Path, 'read_text', read_text)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(8)))
     assert available_cpus() == expected
+
+
+def test_package_that_is_missing():
+    program = "import sys; sys.modules['mxnet'] = None; import common.environment"
+    result = run_python('-c', program, cwd=ROOT)
+    assert result.returncode == 2
+    assert re.fullmatch(
+        r'-c: error: .*mxnet.*: pip install -r requirements.txt, in the environment of \S+\n',
+        result.stderr,
+    )
 
 
 def test_aliases_of_numpy():

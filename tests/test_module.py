@@ -5,9 +5,8 @@ import pytest
 
 from common.environment import mx
 from common.errors import InputError
+from common.grouped_updater import MAX_GROUPED_SIZE, GroupedUpdater
 from common.module import (
-    MAX_GROUPED_SIZE,
-    GroupedUpdater,
     Module,
     find_center_losses,
     merge_class_sums,

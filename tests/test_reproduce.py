@@ -241,6 +241,14 @@ def made_up_run(epochs_left, network='lenet', classes=None):
     return SimpleNamespace(options=args, epochs_left=lambda: epochs_left)
 
 
+def test_batch_larger_than_what_is_measured(monkeypatch):
+    monkeypatch.setattr(runs, 'run_python', lambda *arguments, **_: arguments[-1][-6:-2])
+    run = made_up_run(1)
+    run.options.batch_size, run.options.num_examples = 60000, None
+    monkeypatch.setattr(runs, 'steps_per_epoch', lambda *arguments, **_: 1)
+    assert runs.estimate([run], 1, 1) == 4000 * 60000 / 4000
+
+
 def test_estimate(monkeypatch):
     """Steps of each network are measured once for each job; those of finished epochs are left."""
     measured = []

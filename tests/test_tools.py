@@ -143,9 +143,12 @@ def test_process_that_has_ended():
     [
         (benchmark.main, ['--json=missing/table.json'], 'there is no folder missing'),
         (benchmark.main, ['--json=table.csv'], 'has to end in one of .json'),
+        (benchmark.main, ['--data-dir=missing'], 'missing/train-images-idx3-ubyte: No such file'),
+        (benchmark_torch.main, ['usual', '--shape', '1', '2', '3'], 'leave it out with usual'),
         (torch_recipe.main, ['--tables=missing'], 'there is no folder missing'),
         (reproduce.main, ['--tables=file'], 'cannot write to file: File exists'),
         (reproduce.main, ['--images=file/images'], 'cannot write to file/images: Not a directory'),
+        (reproduce.main, ['--work=file'], 'cannot write to file: File exists'),
         (reproduce.main, ['--options="'], '--options=": No closing quotation'),
         (reproduce.main, [f'--work={"x" * 300}'], 'File name too long'),
     ],

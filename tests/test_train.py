@@ -408,6 +408,13 @@ def test_folder_of_a_user_who_is_not_there(main):
     assert Path('~no_such_user/logs/log.txt').exists()
 
 
+@pytest.mark.parametrize('option', ['--log_dir=~', '--log_file=~/log.txt'])
+def test_log_in_the_home_folder(option, main, monkeypatch):
+    monkeypatch.setenv('HOME', str(Path('home').absolute()))
+    main(*QUICK, option)
+    assert Path('home/log.txt').exists()
+
+
 def test_load_epoch(main):
     """The prefix is that of the checkpoints that are written; Epoch[N] follows epoch N."""
     main(*QUICK, '--save-model-prefix=a')

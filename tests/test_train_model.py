@@ -398,6 +398,34 @@ def test_load_of_the_original(caplog):
     assert re.findall(r'Epoch\[(\d+)\] Validation-accuracy', caplog.text) == ['10']
 
 
+def test_load_of_a_network_with_names_by_mxnet():
+    """Some of which the original's network has, too."""
+    network = mx.sym.load_json(small_network().tojson().replace('fc1', 'fullyconnected0'))
+    train_small(network, num_epochs=1, num_examples=100)
+    train_small(
+        network,
+        model_prefix='run',
+        load_epoch=1,
+        save_model_prefix='longer',
+        num_epochs=2,
+        num_examples=50,
+        lr=1e-30,
+    )
+    old, new = saved_params('run', 1), saved_params('longer', 2)
+    for params in (old, new):
+        del params['center_loss_center_bias']
+    assert_same_arrays(new, old)
+
+
+def test_iterators_that_describe_themselves_by_plain_tuples(uninterrupted):
+    iterators = small_data(1000, 0)(50)
+    for iterator in iterators:
+        iterator.provide_data = [(desc.name, desc.shape) for desc in iterator.provide_data]
+        iterator.provide_label = [(desc.name, desc.shape) for desc in iterator.provide_label]
+    train_small(data=iterators)
+    assert_same_checkpoints('run', str(uninterrupted / 'run'), [3])
+
+
 # ---- the optimizer
 
 

@@ -675,6 +675,12 @@ def test_name_of_a_star_leaves_the_panel_its_size(length, panels):
     assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
 
 
+def test_both_splits_are_in_one_row():
+    figure = vis.draw_embeddings([fake_panel(10)] * 6, NAMES, in_pairs=True)
+    rows = [ax.get_subplotspec().rowspan.start for ax in figure.axes]
+    assert rows[::2] == rows[1::2]
+
+
 def test_both_splits_are_in_one_plane(runs, sample, draw):
     left, right = draw('--model-prefix', 'wide', '--split=both').axes
     assert left.get_xlabel() == right.get_xlabel()

@@ -41,6 +41,7 @@ from tools.measuring import (
     Report,
     Training,
     TrainingProcess,
+    absolute,
     add_only,
     processor,
     run_python,
@@ -395,8 +396,10 @@ def main(argv: Sequence[str] = ()) -> None:
     args = parser.parse_args(list(argv))
     args.dataset, args.data_options = 'mnist-5k', ['--dataset=mnist-5k']
     if args.data_dir:
-        args.data_dir = args.data_dir.resolve()
+        args.data_dir = absolute(args.data_dir)
         args.dataset, args.data_options = 'auto', [f'--data-dir={args.data_dir}']
+        if not args.part:
+            load_digits(args.dataset, args.data_dir)  # what is wrong with them is said at once
     if args.json:
         check_output(args.json, '--json', ['json'])
     report = Report(args.rounds)

@@ -171,9 +171,8 @@ def main(argv: Sequence[str] = ()) -> None:
         '--shape',
         nargs=3,
         type=number(int, minimum=1),
-        default=[128, 2, 10],
         metavar=('B', 'D', 'K'),
-        help='images of a batch, dimension, classes, of center loss alone',
+        help='images of a batch, dimension, classes, of center loss alone (default: 128 2 10)',
     )
     parser.add_argument(
         '--epochs',
@@ -182,10 +181,14 @@ def main(argv: Sequence[str] = ()) -> None:
         help='train N epochs (default: one for every line on stdin)',
     )
     args = parser.parse_args(list(argv))
+    if args.shape and args.form in FORMS:
+        parser.error(f'--shape is for center loss alone: leave it out with {args.form}')
     if torch is None:
         raise InputError('PyTorch is not installed: pip install torch')
-    is_network = args.form in FORMS
-    train_epoch = training(args.form) if is_network else operator_steps(args.form, *args.shape)
+    if args.form in FORMS:
+        train_epoch = training(args.form)
+    else:
+        train_epoch = operator_steps(args.form, *(args.shape or (128, 2, 10)))
     for _ in range(args.epochs) if args.epochs else sys.stdin:
         begin = time.perf_counter()
         train_epoch()

@@ -132,6 +132,11 @@ def endless(batches: mx.io.DataIter) -> Iterator[mx.io.DataBatch]:
         batches.reset()
 
 
+def absolute(folder: Path) -> Path:
+    """Return the folder that an option names, for a process in another folder."""
+    return Path(os.path.expanduser(folder)).resolve()
+
+
 def step_seconds(network: str, batch_size: int) -> float:
     """Measure a training step of one of train.py's networks, for a second."""
     training = Training(get_symbol(network=network, vectorized=True), batch_size, num_steps=1)

@@ -179,7 +179,7 @@ def main(argv: Sequence[str] = ()) -> None:
     args = parser.parse_args(list(argv))
     args.only = args.only or DATASET_PARTS.get(args.dataset, MNIST_PARTS)
     args.work = args.work or path_of(Path(), 'reproduction', args.dataset)
-    for folder in filter(None, (args.images, args.tables)):
+    for folder in filter(None, (args.work, args.images, args.tables)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -25,7 +25,7 @@ from common.files import replace_when_whole
 from data import load_digits, mnist_iterator
 from tools.arrangement import confusions
 from tools.experiments import ANIMATED, RUNS
-from tools.measuring import ROOT, processor, run_python
+from tools.measuring import ROOT, absolute, processor, run_python
 from train import parse_args
 
 # What is measured of a run, in this order; the last four are verification of unseen classes, by
@@ -34,6 +34,9 @@ VALUES = (
     *('accuracy', 'intra', 'inter', 'ratio', 's/epoch'),
     *('AUC', 'TA at 1% FA', 'AUC (cosine)', 'TA (cosine)'),
 )
+
+
+LARGEST_MEASURED = 4000  # images of a batch whose step is measured: those of mnist-5k
 
 
 class Run:
@@ -156,7 +159,7 @@ def common_options(args: argparse.Namespace) -> list[str]:
 
 def data_options(args: argparse.Namespace) -> list[str]:
     """Return the options of train.py and vis.py that name the data."""
-    folder = [f'--data-dir={args.data_dir.resolve()}'] if args.data_dir else []
+    folder = [f'--data-dir={absolute(args.data_dir)}'] if args.data_dir else []
     return [f'--dataset={args.dataset}', *folder]
 
 
@@ -176,7 +179,8 @@ def estimate(runs: Sequence[Run], jobs: int, threads: int) -> float:
     work = []
     for run in runs:
         args = run.options
-        network = args.network, args.batch_size
+        batch_size = min(args.batch_size, LARGEST_MEASURED)
+        network = args.network, batch_size
         if not run.epochs_left():
             continue
         if network not in measured:
@@ -189,7 +193,8 @@ def estimate(runs: Sequence[Run], jobs: int, threads: int) -> float:
         images = {name: getattr(args, name) for name in names}
         images['classes'] = args.classes and tuple(args.classes)
         steps = steps_per_epoch(args.batch_size, **images)
-        work.append(run.epochs_left() * steps * measured[network])
+        seconds = measured[network] * args.batch_size / batch_size
+        work.append(run.epochs_left() * steps * seconds)
     return max(sum(work) / jobs, max(work, default=0))
 
 

@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.environment import mx  # noqa: E402
-from common.checkpoints import Checkpoints, DamagedCheckpoint  # noqa: E402
+from common.checkpoints import Checkpoints  # noqa: E402
 from common.command_line import ArgumentParser, number, run_script  # noqa: E402
-from common.errors import Failure  # noqa: E402
+from common.errors import DamagedCheckpoint, Failure  # noqa: E402
 from train import get_symbol  # noqa: E402
 
 

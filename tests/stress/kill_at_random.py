@@ -21,9 +21,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.checkpoints import Checkpoints, UncheckedCheckpoint  # noqa: E402
+from common.checkpoints import Checkpoints  # noqa: E402
 from common.command_line import ArgumentParser, number, run_script  # noqa: E402
-from common.errors import Failure, InputError  # noqa: E402
+from common.errors import Failure, InputError, UncheckedCheckpoint  # noqa: E402
 
 EPOCHS = 3
 COMMAND = [sys.executable, str(ROOT / 'train.py'), '--dataset=mnist-5k', '--num-examples=1000']
