@@ -112,7 +112,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, of_run: bool = False) ->
     group = parser.add_argument_group('data')
     auto = 'mnist, or if that is unavailable mnist-5k'
     if of_run:
-        auto = 'the data set of the run, or mnist-5k in place of an unavailable mnist'
+        auto = 'the data set of the run, or, if that is mnist and unavailable, mnist-5k'
     group.add_argument(
         '--dataset',
         choices=['auto', *DATASETS],
@@ -124,7 +124,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, of_run: bool = False) ->
         '--data-dir',
         metavar='DIR',
         help='folder of the four IDX files, .gz or not, of any image size and up to 256 classes; '
-        'nothing is downloaded then (without it: data/<dataset>/, else a download to there)',
+        'nothing is downloaded then (without it: data/<dataset>/, downloaded if missing)',
     )
 
 

@@ -9,7 +9,7 @@
     python vis.py --images digit.png scans/      where images of your own lie among the others
 
 The pictures follow Figures 2 and 3 of Wen, Zhang, Li, Qiao: A Discriminative Feature Learning
-Approach for Deep Face Recognition, ECCV 2016. Below each panel stand the test accuracy and
+Approach for Deep Face Recognition, ECCV 2016. Below each panel stand the accuracy on its images and
 
     intra   mean over the images of the Euclidean distance of an embedding to its class's mean,
     inter   mean over the pairs of classes of the distance between their means,
@@ -23,8 +23,8 @@ drawn as crosses, and the accuracy is that on the images of the classes seen in 
 open-set claim of the paper is then measured by verification: which pairs of images of unseen
 classes are of the same class, judged by the distance of their embeddings alone? AUC is the
 probability that a pair of one class is closer than a pair of two (0.5: chance); true accepts at 1%
-false accepts are the share of the pairs of one class within the distance that 1% of the pairs of
-two classes have.
+false accepts are the share of the pairs of one class that are closer than all but 1% of the pairs
+of two classes.
 """
 
 from __future__ import annotations
@@ -352,7 +352,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         '--images',
         nargs='+',
         metavar='IMAGE',
-        help='mark images of your own by a star with their names: PNG, JPEG or TIFF files, folders '
+        help='mark your own images by stars with their names: PNG, JPEG or TIFF files, folders '
         'of them, or IDX files, prepared as by python -m tools.embed',
     )
     parser.add_argument(
@@ -385,7 +385,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         '--curves',
         nargs='+',
         metavar='LOG',
-        help='draw accuracy, cross-entropy and center loss over the epochs from these logs',
+        help='draw accuracy, cross-entropy and center loss over the epochs from these logs, '
+        'of each the last run in it',
     )
     args = parser.parse_args(argv)
     args.mode = next((mode for mode in NOT_WITH if getattr(args, mode)), None)

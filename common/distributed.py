@@ -129,7 +129,7 @@ def check_environment(kind: str) -> None:
 
 
 def node_timeout() -> int:
-    """Return the seconds after which a node that has not been heard of is given up."""
+    """Return the seconds after which a node that has not been heard from is given up."""
     return number_in_environment('PS_HEARTBEAT_TIMEOUT', default=20, minimum=2)
 
 
@@ -227,7 +227,7 @@ class NodeWatchdog:
             if self._count_dead(group, self.node_timeout):
                 hint = '' if ROLE == 'scheduler' else '; it ends when a worker or a server is lost'
                 self._end_process(
-                    f'{name} of the run has not been heard of for {self.node_timeout} s: killed, '
+                    f'{name} of the run has not been heard from for {self.node_timeout} s: killed, '
                     f'failed or cut off{hint}'
                 )
 

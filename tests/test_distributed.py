@@ -333,7 +333,7 @@ def test_lost_node_ends_all(victim, workers):
             # The scheduler ends first; the others see that it is lost.
             lost = f'a {victim.split()[0]}' if name == 'scheduler' else 'the scheduler'
             assert re.match(
-                rf'train.py: error: {lost} of the run has not been heard of for 5 s', last
+                rf'train.py: error: {lost} of the run has not been heard from for 5 s', last
             ), (name, last)
             assert re.search(r'continue with: python .* --resume$', last)
             if name.startswith('worker'):

@@ -16,6 +16,7 @@ import pytest
 from common.environment import mx
 from common.command_line import ArgumentParser
 from common.embedder import Embedder
+from common.idx import read_idx
 import data
 import train
 import vis
@@ -117,7 +118,7 @@ def test_options_exist(page):
     sources = [*ROOT.glob('*.py'), *(ROOT / 'common').glob('*.py'), *(ROOT / 'tools').glob('*.py')]
     declared = {name for path in sources for name in re.findall(r"'(--[\w-]+)'", path.read_text())}
     declared |= {'--help', '--dist', '--index-url'}  # the latter two are pytest's and pip's
-    gone = {'--parts'}  # of c9a6961, in changes.md
+    gone = {'--parts', '--dimension'}  # of c9a6961, in changes.md
     assert {*re.findall(r'(?<![\w-])--[a-z][\w-]+', page.read_text())} <= declared | gone
 
 
@@ -186,6 +187,13 @@ def python_blocks(page):
     return re.findall(r'^```python\n(.*?)^```', (ROOT / 'docs' / page).read_text(), re.M | re.S)
 
 
+def test_idx_files_are_written(in_own_folder):
+    names = {}
+    exec(python_blocks('own-data.md')[0], names)
+    for name, array in zip(data.FILES, (names['images'], names['labels']), strict=False):
+        np.testing.assert_array_equal(read_idx(Path(name))[0], array)
+
+
 def test_emnist_is_prepared(in_own_folder):
     """The lines undo what EMNIST did, here to the bundled digits."""
     Path('gzip').mkdir()
@@ -198,7 +206,7 @@ def test_emnist_is_prepared(in_own_folder):
             header = raw[: len(raw) - array.size]
             path = Path(f'gzip/emnist-balanced-{part}-{kind}-ubyte.gz')
             path.write_bytes(gzip.compress(header + array.tobytes(), 1))
-    exec(python_blocks('own-data.md')[0], {})
+    exec(python_blocks('own-data.md')[1], {})
     assert data.load_digits('mnist-5k', 'emnist').source == 'emnist'
 
 
@@ -210,7 +218,7 @@ def test_own_network(in_own_folder, capsys, monkeypatch):
     small = SimpleNamespace(images=images, target=digits.train_labels[::2].astype(np.int64))
     monkeypatch.setitem(sys.modules, 'sklearn', SimpleNamespace())
     monkeypatch.setitem(sys.modules, 'sklearn.datasets', SimpleNamespace(load_digits=lambda: small))
-    example = python_blocks('own-data.md')[1]
+    example = python_blocks('own-data.md')[2]
     assert len(example.splitlines()) < 40
     exec(example, {})
     assert ast.literal_eval(capsys.readouterr().out)['accuracy'] > 0.7
