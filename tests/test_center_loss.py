@@ -10,7 +10,9 @@ import pytest
 from common.environment import mx
 from center_loss import (
     Accuracy,
+    CenterLoss,
     CenterLossBlock,
+    CenterLossGPU,
     CenterLossMetric,
     CenterLossProp,
     CrossEntropy,
@@ -797,3 +799,33 @@ def test_memory_view_is_the_memory_of_the_array(dtype):
 def test_source_is_python_3_8():
     source = Path(__file__).resolve().parent.parent / 'center_loss.py'
     ast.parse(source.read_text(), feature_version=(3, 8))
+
+
+def test_no_gradient_after_a_forward_that_failed():
+    """Not that of the batch before."""
+    operator = CenterLoss(num_class=2, alpha=0.5, factor=1, out_grad=False)
+    x, centers, loss = mx.nd.ones((1, 2)), mx.nd.zeros((2, 2)), mx.nd.zeros(1)
+    gradients = [mx.nd.zeros((1, 2)), mx.nd.zeros(1)]
+    good, bad = mx.nd.array([0]), mx.nd.array([7])
+    mx.nd.waitall()
+    operator.forward(True, ['write'], [x, good], [loss], [centers])
+    with pytest.raises(ValueError, match='7'):
+        operator.forward(True, ['write'], [x, bad], [loss], [centers])
+    operator.backward(['write'] * 2, [], [x, bad], [loss], gradients, [centers])
+    assert not gradients[0].asnumpy().any()
+
+
+def test_labels_above_the_integers_of_float32():
+    """On a GPU, which has operations of ``mx.nd`` alone."""
+    num_class = 2**24 + 2
+    operator = CenterLossGPU(num_class=num_class, alpha=1, factor=1, out_grad=False)
+    x, centers = mx.nd.ones((1, 1)), mx.nd.zeros((num_class, 1))
+    label = mx.nd.array([num_class - 1], dtype='int64')
+    operator.forward(True, ['write'], [x, label], [mx.nd.zeros(1)], [centers])
+    assert centers[num_class - 1].asscalar() == 0.5
+
+
+def test_metric_adds_up_in_float64():
+    metric = CenterLossMetric()
+    metric.update([mx.nd.zeros(4)], [mx.nd.array([2**24, 1, 1, 1])])
+    assert metric.get()[1] == (2**24 + 3) / 4

@@ -851,3 +851,8 @@ def test_iterator_of_own_arrays():
     batch = next(iterator)
     assert batch.label[0].asnumpy().tolist() == [3, 2]
     np.testing.assert_array_equal(batch.data[0].asnumpy() * 256, images[[3, 2]].reshape(2, 6))
+
+
+def test_facts_of_oblong_images(tmp_path):
+    write_set(tmp_path, files=custom_set((20, 31), 5))
+    assert mnist_iterator(2, data_dir=tmp_path)[0].data_facts['image_shape'] == [20, 31]

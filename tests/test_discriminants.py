@@ -1,6 +1,7 @@
 """The initial embedding: Fisher's linear discriminants of the features of real digits."""
 
 import itertools
+import logging
 
 import numpy as np
 import pytest
@@ -13,6 +14,15 @@ from helpers import LABELS
 from train import INITIALIZERS, get_symbol
 
 INITIALIZER = INITIALIZERS['small-head']
+
+
+def test_constants(caplog):
+    """Those of the documentation, which the measured results have."""
+    caplog.set_level(logging.INFO)
+    train, _ = mnist_iterator(100, dataset='mnist-5k')
+    discriminant_params(get_symbol(), train, INITIALIZER)
+    assert 'as linear discriminants of 4000 images' in caplog.text  # all: fewer than 5,000
+    assert SHRINKAGE == 0.1
 
 
 def test_directions_maximize_the_ratio():

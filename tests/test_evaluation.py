@@ -305,3 +305,18 @@ def test_verification_limits():
     assert np.isnan(verification(np.eye(4, 2, dtype='f'), np.full(4, 9))).all()
     assert np.isnan(verification(np.zeros((0, 2), 'f'), np.zeros(0))).all()
     assert verify(np.zeros((4, 2), 'f'), labels)['cosine'] == (0.5, 0)
+
+
+@pytest.mark.parametrize('options, expected', [({}, 1), ({'scale': 'x'}, None)])
+def test_lambda_that_is_not_there(options, expected):
+    inputs = mx.sym.var('data'), mx.sym.var('center_label')
+    symbol = mx.sym.Custom(*inputs, op_type='centerloss', num_class=3, name='c', **options)
+    Checkpoints('run').save(1, symbol, {}, {}, {}, {})
+    assert center_loss_weight('run') == expected
+
+
+def test_intra_far_from_the_origin():
+    embeddings = (1e4 + np.random.default_rng(0).normal(size=(4000, 2))).astype('f')
+    intra = np.linalg.norm(embeddings - embeddings.mean(axis=0, dtype=float), axis=1).mean()
+    measured = cluster_statistics(embeddings, np.zeros(4000))
+    assert measured.intra == pytest.approx(intra, rel=1e-6)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 import shutil
 import subprocess
-import types
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from common.environment import mx
 from center_loss import CenterLossGPU
 from common import mxnet_build
 from common.array_file import encode_arrays
+from common.averaging import Average
 from common.devices import choose_devices
 from common.errors import InputError
 from helpers import ROOT, assert_same_checkpoints, run_python, train_small
@@ -106,7 +107,7 @@ def test_nvidia_libraries_are_found(tmp_path):
     (tmp_path / 'mxnet' / '__init__.py').write_text(
         'import ctypes, types\n'
         f'ctypes.CDLL({str(tmp_path / "mxnet" / "libmxnet.so")!r})\n'
-        'nd, MXNetError = types.SimpleNamespace(waitall=print), RuntimeError\n'
+        'nd, MXNetError = SimpleNamespace(waitall=print), RuntimeError\n'
     )
     command = ['-c', 'from common.environment import mx; print(mx.MXNetError)']
 
@@ -240,7 +241,7 @@ def test_gpus_compute_the_plain_network(monkeypatch):
             train.main(argv)
         assert ('compute_network' in seen) == vectorized
         facts = {'class_names': tuple('0123456789'), 'image_shape': [28, 28]}
-        digits = types.SimpleNamespace(data_facts=facts)
+        digits = SimpleNamespace(data_facts=facts)
         operations = seen['network'](digits).get_internals().list_outputs()
         assert 'conv1_output' in operations and 'image_three_times_output' not in operations
         if vectorized:
@@ -254,7 +255,7 @@ def test_settings():
     program = f"""
 import os, sys, types
 mx = sys.modules['mxnet'] = types.ModuleType('mxnet')
-mx.nd, mx.MXNetError = types.SimpleNamespace(waitall=lambda: None), RuntimeError
+mx.nd, mx.MXNetError = SimpleNamespace(waitall=lambda: None), RuntimeError
 import common.environment
 print(*(os.environ[name] for name in {names}))
 """
@@ -278,6 +279,16 @@ def test_operator_copies_nothing_to_the_host(monkeypatch):
     np.testing.assert_allclose(loss.asnumpy(), [0.5, 4.5, 2])
     np.testing.assert_allclose(centers.asnumpy(), [[0, 0.5], [2 / 3, 0], [0, 0]], rtol=1e-6)
     np.testing.assert_array_equal(gradient.asnumpy(), x.asnumpy())
+
+
+def test_average_is_on_the_device_of_the_weights():
+    """Where a checkpoint's arrays, which are on the CPU, have to go first."""
+    weight = mx.nd.ones(1, ctx=mx.cpu(3))
+    module = SimpleNamespace(num_updates=lambda: 2, present_arrays=lambda: {'arg:w': weight})
+    average = Average(1, module, {'arg:w': mx.nd.zeros(1)})
+    average(None)
+    assert average.arrays['arg:w'].context == mx.cpu(3)
+    assert average.arrays['arg:w'].asscalar() == 0.5
 
 
 def test_run_moves_to_other_devices(in_own_folder):

@@ -16,7 +16,7 @@ import pytest
 
 from common.checkpoints import Checkpoints
 from common.embedder import TRAINED, Embedder
-from common.errors import InputError
+from common.errors import Failure, InputError
 from common.evaluation import (
     ClusterStatistics,
     Evaluation,
@@ -303,35 +303,79 @@ def test_parts_by_dataset(dataset, in_own_folder, monkeypatch):
         assert options.num_epochs == given.get(name.partition('-')[0], 3)
 
 
+def run_args(folder, **options):
+    """What a ``Run`` needs of the command line."""
+    defaults = {'dataset': 'mnist-5k', 'data_dir': None, 'num_epochs': None, 'num_examples': None}
+    return argparse.Namespace(**{'work': folder, **defaults, 'options': '', **options})
+
+
+def test_command_of_a_run(tmp_path):
+    """The animated one keeps all checkpoints; the data are found from any folder."""
+    args = run_args(tmp_path, data_dir=Path('own'))
+    commands = {
+        (name, seed): runs.Run(name, seed, args).command
+        for name in (experiments.ANIMATED, 'softmax')
+        for seed in (0, 1)
+    }
+    keep_all = [key for key, line in commands.items() if '--keep-checkpoints=1' not in line]
+    assert keep_all == [(experiments.ANIMATED, 0)]
+    assert all(f'--data-dir={Path("own").absolute()}' in line for line in commands.values())
+
+
+def test_run_that_fails(tmp_path, monkeypatch):
+    """One that diverged is a result, anything else stops the program."""
+    monkeypatch.setattr(runs, 'ROOT', tmp_path)
+    run = runs.Run('softmax', 0, run_args(tmp_path))
+    script = 'import sys; sys.exit("train.py: error: {}")'
+    (tmp_path / 'train.py').write_text(script.format('training diverged: x is nan'))
+    assert run.train(None, 1) == 'training diverged: x is nan'
+    (tmp_path / 'train.py').write_text(script.format('no space'))
+    with pytest.raises(Failure, match='softmax, seed-0: no space'):
+        run.train(None, 1)
+
+
+def test_jobs_share_the_processors(monkeypatch):
+    threads_of_runs = []
+
+    def made_up():
+        return SimpleNamespace(
+            options=SimpleNamespace(num_epochs=1),
+            epochs_left=lambda: 1,
+            train=lambda progress, threads: threads_of_runs.append(threads),
+            measure=dict,
+            write=lambda result: None,
+        )
+
+    monkeypatch.setattr(runs, 'available_cpus', lambda: 8)
+    monkeypatch.setattr(runs, 'THREADS_CHOSEN_BY_USER', False)
+    monkeypatch.setattr(runs, 'estimate', lambda *arguments: 0)
+    runs.train_all([made_up() for _ in range(3)], 2)
+    runs.train_all([made_up() for _ in range(2)], 5)  # no more jobs than runs
+    assert threads_of_runs == [4] * 5
+
+
 def test_values_have_their_names(in_own_folder, monkeypatch):
     """Those of unseen classes too, and of the seconds the median."""
     measured = Evaluation(
-        embeddings=np.zeros((4, 2), 'f'),
-        predicted=np.array([0, 1, 1, 0]),
+        embeddings=np.zeros((5, 2), 'f'),
+        predicted=np.array([0, 1, 1, 0, 0]),
         seen=(0, 1),
         num_classified=4,
         accuracy=0.5,
         clusters=ClusterStatistics(1, 2, 3),
         verification={'Euclidean': Verification(0.9, 0.8), 'cosine': Verification(0.7, 0.6)},
     )
-    digits = SimpleNamespace(val_images=None, val_labels=np.array([0, 0, 1, 1]))
+    digits = SimpleNamespace(val_images=None, val_labels=np.array([0, 0, 1, 1, 2]))
     centers = SimpleNamespace(centers=np.zeros((2, 2)))
     monkeypatch.setattr(runs, 'evaluate', lambda *arguments: measured)
     monkeypatch.setattr(runs, 'load_digits', lambda *arguments: digits)
     monkeypatch.setattr(runs, 'Embedder', lambda *arguments: centers)
-    args = argparse.Namespace(
-        work=in_own_folder,
-        dataset='mnist-5k',
-        data_dir=None,
-        num_epochs=None,
-        num_examples=None,
-        options='',
-    )
-    run = runs.Run('open-set-0-2-1', 0, args)
+    run = runs.Run('open-set-0-2-1', 0, run_args(in_own_folder))
     run.folder.mkdir()
     lines = [f'x Epoch[{epoch}] Validation-accuracy=0.{epoch + 1}' for epoch in range(8)]
     lines += [f'x Epoch[0] Time cost={seconds}' for seconds in (1, 9, 2)]
-    run.log.write_text('\n'.join([*lines, 'x versions: {"mxnet": "1.9.1"}', '']))
+    lines += [f'x versions: {{"mxnet": "{version}"}}' for version in ('1.6.0', '1.9.1')]  # resumed
+    run.log.write_text('\n'.join([*lines, '']))
     found = run.measure()
     expected = {'accuracy': 0.5, 'intra': 1, 'inter': 2, 'ratio': 3, 's/epoch': 2}
     expected |= {'AUC': 0.9, 'TA at 1% FA': 0.8, 'AUC (cosine)': 0.7, 'TA (cosine)': 0.6}

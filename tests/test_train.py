@@ -445,6 +445,17 @@ def test_workers_are_train(main, monkeypatch):
     )
 
 
+def test_hint_of_workers_is_of_this_run(main, monkeypatch):
+    main(*QUICK)
+    os.utime('center_loss-0001.params', (1000, 1000))
+    hints = []
+    monkeypatch.setattr(train, 'run_workers', lambda command, count, hint: hints.append(hint()))
+    main(*QUICK, '--num-workers=2')
+    main(*QUICK, '--num-workers=2', '--resume')
+    assert 'has finished no epoch' in hints[0]
+    assert 'the last whole checkpoint is center_loss-0001.params' in hints[1]
+
+
 def test_num_workers_choose_the_kvstore():
     for line, kind in (
         ('', 'local'),

@@ -426,6 +426,26 @@ def test_iterators_that_describe_themselves_by_plain_tuples(uninterrupted):
     assert_same_checkpoints('run', str(uninterrupted / 'run'), [3])
 
 
+def test_initial_params_leave_the_first_epoch_whole():
+    batches = []
+    train_small(
+        data=plain_iterators(250),
+        initial_params=discriminant_params,
+        num_epochs=1,
+        batch_end_callback=lambda param: batches.append(param.nbatch),
+    )
+    assert batches == [0, 1, 2, 3, 4]
+
+
+def test_options_that_change_no_weight_are_not_compared():
+    names = {
+        *('data_dir', 'dataset', 'keep_checkpoints', 'load_epoch', 'log_dir', 'log_file'),
+        *('model_prefix', 'num_epochs', 'resume', 'save_model_prefix'),
+    }
+    train_small(num_epochs=1, num_examples=50, record=dict.fromkeys(names, 1))
+    assert not names & {*Checkpoints('run').load(1).options}
+
+
 # ---- the optimizer
 
 
@@ -447,6 +467,15 @@ def test_learning_rate_rises(epochs):
         [0.8 / rises, 1.6 / rises, 0.8 - 0.8 / rises]
     )
     assert [rate(update) for update in (rises, 60, 61)] == pytest.approx([0.8, 0.8, 0.4])
+
+
+def test_learning_rate_falls_after_every_step():
+    rate = lr_schedule(0.8, 0.5, 0.2, 0)
+    assert [rate(update) for update in (1, 2, 3)] == pytest.approx([0.8, 0.4, 0.2])
+
+
+def test_learning_rate_has_no_lower_limit():
+    assert lr_schedule(1e-9, 0.5, 10, 0)(11) == pytest.approx(5e-10, abs=0)
 
 
 def test_constant_learning_rate(caplog):

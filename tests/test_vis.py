@@ -19,7 +19,9 @@ from test_evaluation import embed_by_hand, save_untrained, statistics_by_hand
 
 from common.environment import mx
 from common import pictures
+from common.checkpoints import Checkpoints
 from common.curves import METRICS, draw_curves, read_log, validation_images
+from common.embedder import TRAINED
 from common.errors import Failure, InputError
 from common.evaluation import verify
 import data
@@ -305,6 +307,27 @@ def test_other_data_are_named(tmp_path, caplog):
     vis.main([f'--model-prefix={prefix}', '--dataset=mnist-5k', output])
     said = 'was trained on mnist and is measured on mnist-5k, whose images are among the training '
     assert f'{prefix}-0008.params {said}' in caplog.text
+
+
+def test_warning_of_other_data(caplog):
+    said = 'x was trained on fashion-mnist and is measured on mnist-5k'
+    for trained_on, dataset, expected in (
+        ('mnist', 'mnist', []),
+        (None, 'mnist', []),
+        ('fashion-mnist', 'mnist-5k', [said]),
+    ):
+        caplog.clear()
+        vis.warn_of_other_data(Path('x'), trained_on, dataset)
+        assert caplog.messages == expected
+
+
+def test_warning_is_of_the_run_with_other_data(caplog, draw):
+    trained = Checkpoints(TRAINED)
+    facts = {'dataset': 'mnist-5k'}
+    Checkpoints('own').save(1, trained.load_symbol(), *trained.load_params(8), {}, {}, (), facts)
+    draw('--compare', str(TRAINED), '--model-prefix=own', '--dataset=mnist-5k')
+    warned = [message.split(' was trained on')[0] for message in caplog.messages]
+    assert warned == [f'{TRAINED}-0008.params']
 
 
 @pytest.mark.parametrize('options', [[], ['--grid', 'center_loss', 'softmax']])
@@ -691,6 +714,29 @@ def test_both_splits_are_in_one_plane(runs, sample, draw):
     for label, drawn in points(right).items():
         members = test[sample.val_labels == int(label)]
         np.testing.assert_allclose(drawn, (members - plane.origin) @ plane.axes.T, atol=1e-4)
+
+
+def test_each_run_has_its_plane(sample, draw):
+    for epoch, run in enumerate(('one', 'two'), 1):
+        save_untrained(run, small_network(embedding_dim=3), epoch)  # with other weights
+    panels = draw('--compare', 'one', '--model-prefix', 'two', '--split=both').axes
+    for epoch, run, axes in ((1, 'one', panels[:2]), (2, 'two', panels[2:])):
+        plane = pictures.viewing_plane(embed_by_hand(run, epoch, sample.train_images)[0])
+        for ax, (images, labels) in zip(axes, (sample[:2], sample[2:4]), strict=True):
+            expected = (embed_by_hand(run, epoch, images)[0] - plane.origin) @ plane.axes.T
+            np.testing.assert_allclose(points(ax)['3'], expected[labels == 3], atol=1e-4)
+
+
+def test_epoch_is_not_of_the_run_beside(runs, draw):
+    left, right = draw('--compare', 'center_loss', '--model-prefix=softmax', '--epoch=1').axes
+    assert '(epoch 2)' in left.get_title() and '(epoch 1)' in right.get_title()
+
+
+def test_one_unseen_class(draw, capsys):
+    save_untrained('nine', small_network(num_classes=9))
+    (ax,) = draw('--model-prefix=nine').axes
+    assert ax.texts[-1].get_text().splitlines()[-1] == '× unseen in training: 9'
+    assert '9; to verify pairs takes two classes or more' in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings('error')
