@@ -107,7 +107,7 @@ def test_nvidia_libraries_are_found(tmp_path):
     (tmp_path / 'mxnet' / '__init__.py').write_text(
         'import ctypes, types\n'
         f'ctypes.CDLL({str(tmp_path / "mxnet" / "libmxnet.so")!r})\n'
-        'nd, MXNetError = SimpleNamespace(waitall=print), RuntimeError\n'
+        'nd, MXNetError = types.SimpleNamespace(waitall=print), RuntimeError\n'
     )
     command = ['-c', 'from common.environment import mx; print(mx.MXNetError)']
 
@@ -255,7 +255,7 @@ def test_settings():
     program = f"""
 import os, sys, types
 mx = sys.modules['mxnet'] = types.ModuleType('mxnet')
-mx.nd, mx.MXNetError = SimpleNamespace(waitall=lambda: None), RuntimeError
+mx.nd, mx.MXNetError = types.SimpleNamespace(waitall=lambda: None), RuntimeError
 import common.environment
 print(*(os.environ[name] for name in {names}))
 """
