@@ -34,8 +34,6 @@ VALUES = (
     *('accuracy', 'intra', 'inter', 'ratio', 's/epoch'),
     *('AUC', 'TA at 1% FA', 'AUC (cosine)', 'TA (cosine)'),
 )
-
-
 LARGEST_MEASURED = 4000  # images of a batch whose step is measured: those of mnist-5k
 
 
